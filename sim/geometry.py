@@ -205,6 +205,7 @@ class TileMap:
     ----------
     state : ndarray, shape [Hq, groups, key_tiles], uint8
         MASKED (0), COMPUTED (1) or SKIPPED (2), indexed by key tile, not by visit step.
+        Kernels put a batch axis in front of it, and of ``threshold``.
     grid : Grid
     order : str
     threshold : ndarray, shape [Hq], float64
@@ -236,5 +237,5 @@ class TileMap:
     @property
     def sparsity(self) -> NDArray[np.float64]:
         """Skipped ÷ visited tiles per head, [Hq] float64; first tiles count as visited."""
-        visited = np.count_nonzero(self.visited, axis=(1, 2))
-        return np.count_nonzero(self.skipped, axis=(1, 2)) / np.maximum(visited, 1)
+        visited = np.count_nonzero(self.visited, axis=(-2, -1))
+        return np.count_nonzero(self.skipped, axis=(-2, -1)) / np.maximum(visited, 1)
