@@ -14,7 +14,7 @@ Examples
 True
 """
 
-from sim import accuracy, cost, threshold, traces, workloads
+from sim import accuracy, cost, rules, threshold, traces, workloads
 from sim.geometry import COMPUTED, MASKED, ORDERS, SKIPPED, Grid, TileMap
 from sim.skip_softmax import Attended, Scan, attend, scan
 
@@ -30,6 +30,7 @@ __all__ = [
     "accuracy",
     "attend",
     "cost",
+    "rules",
     "scan",
     "threshold",
     "traces",

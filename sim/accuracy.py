@@ -126,7 +126,15 @@ def error_identity(
     complement = np.where(tiles.skipped, 1, np.where(tiles.visited, SKIPPED, 0)).astype(np.uint8)
     others = TileMap(complement, grid, tiles.order, tiles.threshold)
     whole, kept, lost = (
-        attention(q, k, v, causal=grid.causal, softmax_scale=softmax_scale, tiles=which)
+        attention(
+            q,
+            k,
+            v,
+            causal=grid.causal,
+            window=grid.window,
+            softmax_scale=softmax_scale,
+            tiles=which,
+        )
         for which in (None, tiles, others)
     )
     with np.errstate(invalid="ignore"):

@@ -1,4 +1,4 @@
-"""Which tiles there are: decision grid, causal mask, visit orders, and the map of tile states.
+"""Which tiles there are: decision grid, masks, visit orders, and the map of tile states.
 
 Everything here is integer geometry; no score is looked at.  The words are those of the
 glossary in the README: a *vote group* is a run of consecutive query rows that decide
@@ -42,11 +42,14 @@ class Grid:
         Query rows and keys.
     causal : bool
         Bottom-right aligned: query i sees keys ≤ i + lk − lq.  Otherwise every row sees all keys.
+    window : int, optional
+        Sliding window: of those keys a query sees the last ``window`` only.  Needs ``causal``.
 
     Raises
     ------
     ValueError
-        If a length or a side of the tile is not a positive integer.
+        If a length, the window or a side of the tile is not a positive integer, or a window is
+        given without the causal mask.
 
     Examples
     --------
@@ -61,6 +64,7 @@ class Grid:
     lq: int
     lk: int
     causal: bool
+    window: int | None = None
 
     def __post_init__(self) -> None:
         try:
@@ -72,6 +76,10 @@ class Grid:
         object.__setattr__(self, "lq", _positive_int("query length", self.lq))
         object.__setattr__(self, "lk", _positive_int("key length", self.lk))
         object.__setattr__(self, "causal", bool(self.causal))
+        if self.window is not None:
+            object.__setattr__(self, "window", _positive_int("window", self.window))
+            if not self.causal:
+                raise ValueError("a window needs the causal mask")
 
     @property
     def rows(self) -> int:
@@ -102,7 +110,7 @@ class Grid:
         return slice(j * self.keys, min((j + 1) * self.keys, self.lk))
 
     def visible(self) -> NDArray[np.int64]:
-        """Keys each row sees: row r sees keys 0 … n−1.
+        """First key that each row does *not* see any more: it sees keys hidden() … visible() − 1.
 
         Returns
         -------
@@ -118,8 +126,28 @@ class Grid:
         visible.flags.writeable = False
         return visible
 
+    def hidden(self) -> NDArray[np.int64]:
+        """Keys before the first one that each row sees: 0 without a window.
+
+        Returns
+        -------
+        ndarray, shape [lq], int64
+        """
+        if self.window is None:
+            return np.zeros(self.lq, np.int64)
+        return np.maximum(self.visible() - self.window, 0)
+
+    def first_tile(self) -> NDArray[np.int64]:
+        """First key tile that each vote group visits: 0 without a window.
+
+        Returns
+        -------
+        ndarray, shape [groups], int64
+        """
+        return self.hidden()[:: self.rows] // self.keys  # the first row sees furthest back
+
     def visited(self) -> NDArray[np.int64]:
-        """Key tiles each vote group visits: group i visits tiles 0 … n−1, in visit order.
+        """Key tiles each vote group visits: n of them from ``first_tile()`` on.
 
         Returns
         -------
@@ -127,7 +155,8 @@ class Grid:
             0 for a group none of whose rows sees a key.
         """
         last_rows = np.minimum((np.arange(self.groups) + 1) * self.rows, self.lq) - 1
-        return -(-self.visible()[last_rows] // self.keys)  # the last row sees most
+        end = -(-self.visible()[last_rows] // self.keys)  # the last row sees furthest ahead
+        return np.maximum(end - self.first_tile(), 0)
 
     def visited_tiles(self) -> NDArray[np.bool_]:
         """Whether a tile is visited.
@@ -136,7 +165,12 @@ class Grid:
         -------
         ndarray, shape [groups, key_tiles], bool
         """
-        return np.arange(self.key_tiles) < self.visited()[:, None]
+        step = np.arange(self.key_tiles) - self.first_tile()[:, None]
+        return (step >= 0) & (step < self.visited()[:, None])
+
+    def visit(self, order: str, i: int) -> NDArray[np.int64]:
+        """Key tiles of vote group ``i`` in the order in which it visits them."""
+        return visit_order(order, int(self.visited()[i]), int(self.first_tile()[i]))
 
     def visible_keys(self) -> NDArray[np.int64]:
         """Keys each row sees in each tile.
@@ -146,7 +180,8 @@ class Grid:
         ndarray, shape [lq, key_tiles], int64
         """
         start = np.arange(self.key_tiles) * self.keys
-        return np.clip(self.visible()[:, None] - start, 0, self.keys)
+        seen_before = np.clip(self.hidden()[:, None] - start, 0, self.keys)
+        return np.clip(self.visible()[:, None] - start, 0, self.keys) - seen_before
 
     def pairs(self) -> NDArray[np.int64]:
         """Visible (query, key) pairs of each tile.
@@ -158,15 +193,18 @@ class Grid:
         return np.add.reduceat(self.visible_keys(), np.arange(0, self.lq, self.rows), axis=0)
 
 
-def visit_order(order: str, n: int) -> NDArray[np.int64]:
-    """Key tiles 0 … n−1 in the order in which a vote group visits them.
+def visit_order(order: str, n: int, first: int = 0) -> NDArray[np.int64]:
+    """Key tiles first … first + n − 1 in the order in which a vote group visits them.
 
     Parameters
     ----------
     order : {"ascending", "descending", "ends_first"}
-        ``ends_first`` is the last tile, then tile 0, then last−1 → 1.
+        ``ends_first`` is the last tile, then tile 0, then last−1 → 1; where a window hides
+        tile 0, descending.
     n : int
         Tiles that the group visits.
+    first : int
+        The first of them.
 
     Returns
     -------
@@ -183,12 +221,12 @@ def visit_order(order: str, n: int) -> NDArray[np.int64]:
     [4, 0, 3, 2, 1]
     """
     check_order(order)
+    ascending = np.arange(first, first + n)
     if order == "ascending":
-        return np.arange(n)
-    descending = np.arange(n)[::-1]
-    if order == "descending" or n < 2:
-        return descending
-    return np.concatenate([[n - 1, 0], descending[1:-1]])
+        return ascending
+    if order == "descending" or n < 2 or first > 0:
+        return ascending[::-1]
+    return np.concatenate([[n - 1, 0], ascending[-2:0:-1]])
 
 
 def check_order(order: str) -> None:

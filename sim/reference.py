@@ -26,6 +26,7 @@ def attention(
     v: NDArray,
     *,
     causal: bool = True,
+    window: int | None = None,
     softmax_scale: float | None = None,
     tiles: TileMap | None = None,
 ) -> Attention:
@@ -39,6 +40,8 @@ def attention(
         Query head h uses KV head h // (Hq / Hkv).
     causal : bool
         Bottom-right aligned: query i sees keys ≤ i + Lk − Lq.
+    window : int, optional
+        Of those keys a query sees the last ``window`` only.
     softmax_scale : float, optional
         Default D ** −0.5.
     tiles : TileMap, optional
@@ -63,8 +66,11 @@ def attention(
     for h in range(heads):
         kv = h // (heads // k.shape[0])
         scores = scale * (q[h].astype(np.float64) @ k[kv].astype(np.float64).T)  # [Lq, Lk]
+        distance = np.arange(lq)[:, None] + lk - lq - np.arange(lk)
         if causal:
-            scores[np.arange(lk) > np.arange(lq)[:, None] + lk - lq] = -np.inf
+            scores[distance < 0] = -np.inf
+        if window is not None:
+            scores[distance >= window] = -np.inf
         if tiles is not None:
             rows, keys = tiles.grid.tile
             skipped = tiles.skipped[h].repeat(rows, axis=0).repeat(keys, axis=1)[:lq, :lk]

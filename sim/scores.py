@@ -56,12 +56,18 @@ def strips(grid: Grid) -> Iterator[slice]:
         yield slice(start, min(start + rows, grid.lq))
 
 
+def strip_tiles(grid: Grid, rows: slice) -> slice:
+    """Key tiles that any row of a strip visits."""
+    first = int(grid.hidden()[rows.start]) // grid.keys
+    return slice(first, max(-(-int(grid.visible()[rows.stop - 1]) // grid.keys), first))
+
+
 def chunks(grid: Grid, rows: slice) -> Iterator[slice]:
     """Key tiles of each chunk of a strip: about STRIP_KEYS keys, visited tiles only."""
-    visited = -(-int(grid.visible()[rows.stop - 1]) // grid.keys)
+    tiles = strip_tiles(grid, rows)
     step = max(STRIP_KEYS // grid.keys, 1)
-    for start in range(0, visited, step):
-        yield slice(start, min(start + step, visited))
+    for start in range(tiles.start, tiles.stop, step):
+        yield slice(start, min(start + step, tiles.stop))
 
 
 def chunk_scores(queries: NDArray, keys: NDArray, grid: Grid, rows: slice, tiles: slice) -> NDArray:
@@ -91,6 +97,10 @@ def chunk_scores(queries: NDArray, keys: NDArray, grid: Grid, rows: slice, tiles
     if first_hidden < stop - start:
         hidden = np.arange(start + first_hidden, stop)[:, None] >= visible
         scores[first_hidden : stop - start][hidden] = -np.inf
+    gone = grid.hidden()[rows]
+    if gone[-1] > start:
+        last_gone = min(int(gone[-1]), stop) - start
+        scores[:last_gone][np.arange(start, start + last_gone)[:, None] < gone] = -np.inf
     return scores.reshape(-1, grid.keys, queries.shape[0])
 
 

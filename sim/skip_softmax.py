@@ -18,13 +18,14 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from sim.curve import Curve, curve_of
-from sim.geometry import COMPUTED, MASKED, SKIPPED, Grid, TileMap, check_order, visit_order
+from sim.geometry import COMPUTED, MASKED, SKIPPED, Grid, TileMap, check_order
 from sim.scores import (
     check_qk,
     check_scale,
     check_tensor,
     chunk_scores,
     finite_or_zero,
+    strip_tiles,
     strips,
     tile_maxima_and_sums,
 )
@@ -136,10 +137,10 @@ class Scan:
         """Skips of one head for λ > 1, where a skipped tile may hide a row's maximum."""
         grid, row_max = self.grid, self._need_row_max("λ > 1")[head]
         skip = np.zeros((grid.groups, grid.key_tiles), bool)
-        for i, n in enumerate(grid.visited()):
+        for i in range(grid.groups):
             tile_max = row_max[grid.group_rows(i)]
             m = np.full(tile_max.shape[0], -np.inf, np.float32)
-            for j in visit_order(self.order, int(n)):
+            for j in grid.visit(self.order, i):
                 skip[i, j] = _row_gap(tile_max[:, j], m).max() < ln_lam
                 if not skip[i, j]:
                     m = np.maximum(m, tile_max[:, j])
@@ -223,7 +224,7 @@ class Scan:
             raise ValueError("crop needs a causal mask and as many queries as keys")
         if not 1 <= length <= grid.lq:
             raise ValueError(f"length must be between 1 and {grid.lq}, got {length}")
-        return self._rebuild(Grid(grid.tile, length, length, True), self.order, 1)
+        return self._rebuild(replace(grid, lq=length, lk=length), self.order, 1)
 
     def replay(self, *, order: str | None = None, tile: tuple[int, int] | None = None) -> Scan:
         """Scan in another visit order or on another decision grid, with no new product.
@@ -243,9 +244,7 @@ class Scan:
         ValueError
             If the order is unknown, the keys do not fit, or the row maxima were not kept.
         """
-        grid = (
-            self.grid if tile is None else Grid(tile, self.grid.lq, self.grid.lk, self.grid.causal)
-        )
+        grid = self.grid if tile is None else replace(self.grid, tile=tile)
         if grid.keys % self.grid.keys:
             raise ValueError(
                 f"tile keys must be a multiple of {self.grid.keys}, as scanned, got {grid.keys}"
@@ -279,6 +278,7 @@ def scan(
     *,
     tile: tuple[int, int] = (64, 128),
     causal: bool = True,
+    window: int | None = None,
     order: str = "ends_first",
     softmax_scale: float | None = None,
     mass: bool = False,
@@ -297,6 +297,8 @@ def scan(
         Vote rows × keys of a tile.
     causal : bool
         Bottom-right aligned: query i sees keys ≤ i + Lk − Lq.
+    window : int, optional
+        Sliding window: of those keys a query sees the last ``window`` only.
     order : {"ends_first", "ascending", "descending"}
         Visit order.
     softmax_scale : float, optional
@@ -329,14 +331,14 @@ def scan(
     check_qk(q, k)
     check_order(order)
     heads, lq, head_dim = q.shape
-    grid = Grid(tile, lq, k.shape[1], causal)
+    grid = Grid(tile, lq, k.shape[1], causal, window)
     scale = check_scale(softmax_scale, head_dim)
     gap = np.empty((heads, grid.groups, grid.key_tiles), np.float32)
     kept = np.empty((heads, lq, grid.key_tiles), np.float32) if keep_row_max else None
     masses = np.empty((heads, lq, grid.key_tiles), np.float32) if mass else None
     lse = np.empty((heads, lq), np.float32) if mass else None
     last, share = _last_tile(grid), heads // k.shape[0]
-    work = np.cumsum(grid.visible())
+    work = np.cumsum(grid.visible() - grid.hidden())
     with _reporter(progress) as report:
         for h in range(heads):
             if h % share == 0:
@@ -436,10 +438,10 @@ def attend(
                 keys = np.ascontiguousarray(k[h // share], dtype)
                 values = np.ascontiguousarray(v[h // share], dtype)
             for rows in strips(grid):
-                n = -(-int(grid.visible()[rows.stop - 1]) // grid.keys)
+                span = strip_tiles(grid, rows)
                 queries = q[h, rows].astype(dtype) * dtype.type(scale)
-                scores = chunk_scores(queries, keys, grid, rows, slice(0, n))  # [n, keys, rows]
-                skipped = tiles.skipped[h, np.arange(rows.start, rows.stop) // grid.rows, :n].T
+                scores = chunk_scores(queries, keys, grid, rows, span)  # [tiles, keys, rows]
+                skipped = tiles.skipped[h, np.arange(rows.start, rows.stop) // grid.rows, span].T
                 tile_max = scores.max(axis=1)  # [n, rows]
                 m = np.where(skipped, -np.inf, tile_max).max(axis=0, initial=-np.inf)
                 lost = np.where(skipped, tile_max, -np.inf).max(axis=0, initial=-np.inf)
@@ -450,14 +452,15 @@ def attend(
                 l_lost = np.where(skipped, tile_sum, 0).sum(axis=0)
                 p *= ~skipped[:, None]
                 with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
-                    acc = p.reshape(-1, p.shape[2])[: grid.lk].T @ values[: n * grid.keys]
+                    seen = values[span.start * grid.keys : span.stop * grid.keys]
+                    acc = p.reshape(-1, p.shape[2])[: len(seen)].T @ seen
                     output[h, rows] = np.where(l[:, None] > 0, acc / l[:, None], 0)
                     lse[h, rows] = np.where(l > 0, m + np.log(l), -np.inf)
                     # δ = l_lost / (l_lost + l), each relative to its own maximum
                     dropped[h, rows] = np.where(
                         l_lost > 0, 1 / (1 + l / l_lost * np.exp(m - lost)), 0
                     )
-                    weight = visible_keys[rows, :n].T * np.exp(tile_max - m)
+                    weight = visible_keys[rows, span].T * np.exp(tile_max - m)
                     u = BOUND_SAFETY * np.where(skipped & (tile_max > -np.inf), weight, 0).sum(
                         axis=0
                     )
@@ -468,7 +471,7 @@ def attend(
 
 def _last_tile(grid: Grid) -> NDArray[np.int64]:
     """Last key tile that each row's vote group visits, [Lq]; −1 where it visits none."""
-    return (grid.visited() - 1).repeat(grid.rows)[: grid.lq]
+    return (grid.first_tile() + grid.visited() - 1).repeat(grid.rows)[: grid.lq]
 
 
 def _running_max_before(tile_max: NDArray, last: NDArray[np.int64], order: str) -> NDArray:

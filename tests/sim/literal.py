@@ -29,11 +29,11 @@ def order_of(name, tiles):
         return list(tiles)[::-1]
     rest = list(tiles)
     first = [rest.pop()] if rest else []
-    second = [rest.pop(0)] if rest else []
+    second = [rest.pop(0)] if rest and rest[0] == 0 else []
     return first + second + rest[::-1]
 
 
-def skip_softmax(q, k, v, *, tile, causal, order, scale, lam):
+def skip_softmax(q, k, v, *, tile, causal, order, scale, lam, window=None):
     """Skip-softmax attention of one head: q [lq, d], k [lk, d], v [lk, dv]."""
     lq, lk, (rows, keys) = len(q), len(k), tile
     groups, nk = math.ceil(lq / rows), math.ceil(lk / keys)
@@ -41,6 +41,8 @@ def skip_softmax(q, k, v, *, tile, causal, order, scale, lam):
     for r in range(lq):
         for c in range(lk):
             if causal and c > r + lk - lq:
+                s[r, c] = -math.inf
+            if window and c <= r + lk - lq - window:
                 s[r, c] = -math.inf
     state = np.zeros((groups, nk), np.uint8)
     gap = np.full((groups, nk), -math.inf)

@@ -9,17 +9,22 @@ SHAPES = [
     (tile, lq, lk, causal)
     for tile in [(1, 1), (4, 8), (16, 4), (64, 128)]
     for lq, lk in [(1, 1), (7, 7), (33, 33), (5, 40), (40, 5), (64, 128), (129, 257)]
-    for causal in (True, False)
+    for causal in (True, False, 1, 6, 50)  # a number: causal with a window of so many keys
 ]
 
 
 def sees(grid, r, c):
-    return not grid.causal or c <= r + grid.lk - grid.lq
+    distance = r + grid.lk - grid.lq - c
+    return (not grid.causal or distance >= 0) and (not grid.window or distance < grid.window)
 
 
-@pytest.mark.parametrize(("tile", "lq", "lk", "causal"), SHAPES)
-def test_every_count_matches_a_loop_over_pairs(tile, lq, lk, causal):
-    grid = Grid(tile, lq, lk, causal)
+def make(tile, lq, lk, mask):
+    return Grid(tile, lq, lk, bool(mask), None if isinstance(mask, bool) else mask)
+
+
+@pytest.mark.parametrize(("tile", "lq", "lk", "mask"), SHAPES)
+def test_every_count_matches_a_loop_over_pairs(tile, lq, lk, mask):
+    grid = make(tile, lq, lk, mask)
     pairs = np.zeros((-(-lq // tile[0]), -(-lk // tile[1])), int)
     for r in range(lq):
         for c in range(lk):
@@ -28,7 +33,11 @@ def test_every_count_matches_a_loop_over_pairs(tile, lq, lk, causal):
     assert np.array_equal(grid.pairs(), pairs)
     assert np.array_equal(grid.visited_tiles(), pairs > 0)
     assert np.array_equal(grid.visited(), (pairs > 0).sum(axis=1))
-    assert grid.visible().tolist() == [sum(sees(grid, r, c) for c in range(lk)) for r in range(lq)]
+    seen = [[c for c in range(lk) if sees(grid, r, c)] for r in range(lq)]
+    assert (grid.visible() - grid.hidden()).tolist() == [len(keys) for keys in seen]
+    assert all(h == keys[0] for h, keys in zip(grid.hidden(), seen, strict=True) if keys)
+    for i in range(grid.groups):
+        assert sorted(grid.visit("ends_first", i)) == np.flatnonzero(pairs[i]).tolist()
 
 
 def test_groups_and_tiles_cover_every_row_and_key_once():
@@ -53,6 +62,14 @@ def test_visit_orders(order, n, expected):
     assert visit_order(order, n).tolist() == expected
 
 
+def test_ends_first_is_descending_where_a_window_hides_tile_0():
+    assert visit_order("ends_first", 4, first=2).tolist() == [5, 4, 3, 2]
+    grid = Grid((4, 8), 64, 64, True, window=16)
+    assert grid.visit("ends_first", 0).tolist() == [0]
+    assert grid.visit("ends_first", 5).tolist() == [2, 0, 1]
+    assert grid.visit("ends_first", 15).tolist() == [7, 6, 5]
+
+
 @pytest.mark.parametrize("order", ORDERS)
 @pytest.mark.parametrize("n", range(9))
 def test_every_order_is_a_permutation(order, n):
@@ -68,6 +85,8 @@ def test_every_order_is_a_permutation(order, n):
         (((8, 2.5), 8, 8, True), "tile keys must be an integer, got 2.5"),
         (((8, 8), 0, 8, True), "query length must be between 1"),
         (((8, 8), 8, True, True), "key length must be an integer, got True"),
+        (((8, 8), 8, 8, True, 0), "window must be between 1"),
+        (((8, 8), 8, 8, False, 4), "a window needs the causal mask"),
     ],
 )
 def test_bad_grids_are_named(arguments, sentence):

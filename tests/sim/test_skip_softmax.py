@@ -21,26 +21,33 @@ CASES = [  # tile, query heads, KV heads, lq, lk, causal
     ((16, 4), 1, 1, 1, 1, True),
     ((16, 4), 1, 1, 1, 33, True),
     ((64, 128), 2, 1, 300, 300, True),
+    ((4, 8), 2, 1, 61, 61, 20),  # a number: causal with a window of so many keys
+    ((4, 8), 1, 1, 33, 61, 9),
+    ((4, 8), 1, 1, 61, 33, 40),
+    ((16, 4), 1, 1, 50, 50, 1),
 ]
 
 
 def make(case, seed=0, sharpness=3.0, dtype=np.float32):
     """q, k, v with an attention sink and recent keys that matter, so that tiles do get skipped."""
-    tile, hq, hkv, lq, lk, causal = case
+    tile, hq, hkv, lq, lk, mask = case
     rng = np.random.default_rng(seed)
     q = sharpness * rng.standard_normal((hq, lq, 8))
     k, v = rng.standard_normal((2, hkv, lk, 8))
     faint = rng.random((hkv, lk // 4 + 1)).repeat(4, axis=1)[:, :lk] < 0.7
     q[..., 0], k[..., 0] = 4.0, -6.0 * faint
     k[:, :2, 0] = 3.0
-    return q.astype(dtype), k.astype(dtype), v.astype(dtype), dict(tile=tile, causal=causal)
-
-
-def run_literal(q, k, v, head, *, lam, order, tile, causal):
-    kv = head // (q.shape[0] // k.shape[0])
-    return literal.skip_softmax(
-        q[head], k[kv], v[kv], tile=tile, causal=causal, order=order, scale=8**-0.5, lam=lam
+    return (
+        q.astype(dtype),
+        k.astype(dtype),
+        v.astype(dtype),
+        dict(tile=tile, causal=bool(mask), window=None if isinstance(mask, bool) else mask),
     )
+
+
+def run_literal(q, k, v, head, *, lam, order, **grid):
+    kv = head // (q.shape[0] // k.shape[0])
+    return literal.skip_softmax(q[head], k[kv], v[kv], order=order, scale=8**-0.5, lam=lam, **grid)
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -107,12 +114,12 @@ def test_first_visited_tile_is_never_skipped_nor_is_a_masked_one_visited(order):
     lk=st.integers(1, 40),
     rows=st.integers(1, 9),
     keys=st.integers(1, 9),
-    causal=st.booleans(),
+    mask=st.one_of(st.booleans(), st.integers(1, 40)),
     order=st.sampled_from(ORDERS),
     lam=st.sampled_from([1e-4, 0.03, 1.0]),
 )
-def test_random_shapes(seed, lq, lk, rows, keys, causal, order, lam):
-    q, k, v, grid = make(((rows, keys), 2, 1, lq, lk, causal), seed, dtype=np.float64)
+def test_random_shapes(seed, lq, lk, rows, keys, mask, order, lam):
+    q, k, v, grid = make(((rows, keys), 2, 1, lq, lk, mask), seed, dtype=np.float64)
     tiles = scan(q, k, order=order, **grid).decide(lam)
     out = attend(q, k, v, tiles)
     for h in range(2):
@@ -137,6 +144,16 @@ def test_several_strips_give_what_one_strip_gives(monkeypatch):
     np.testing.assert_allclose(
         attend(q, k, v, tiles).output, attention(q, k, v, tiles=tiles).output, atol=2e-5
     )
+
+
+def test_several_strips_under_a_window(monkeypatch):
+    q, k, v, grid = make(((4, 8), 2, 1, 301, 333, 50))
+    monkeypatch.setattr("sim.scores.STRIP_ROWS", 16)
+    monkeypatch.setattr("sim.scores.STRIP_KEYS", 24)
+    tiles = scan(q, k, **grid).decide(0.05)
+    assert tiles.sparsity.max() > 0
+    exact = attention(q, k, v, window=50, tiles=tiles).output
+    np.testing.assert_allclose(attend(q, k, v, tiles).output, exact, atol=2e-5)
 
 
 def test_mass_is_the_true_probability_of_each_tile():

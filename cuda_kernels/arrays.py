@@ -1,0 +1,140 @@
+"""Arrays in and out: NumPy, CuPy, PyTorch, and whatever else speaks DLPack.
+
+The caller's library allocates what goes back, on the caller's device and stream.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+DTYPES = ("float16", "bfloat16", "float32")
+
+
+def library_of(array: Any) -> str:
+    """Name the library an array belongs to: ``numpy``, ``cupy`` or ``torch``.
+
+    Raises
+    ------
+    TypeError
+        If it belongs to none of them.
+
+    Examples
+    --------
+    >>> library_of(np.zeros(1))
+    'numpy'
+    """
+    root = type(array).__module__.partition(".")[0]
+    if root not in ("numpy", "cupy", "torch"):
+        raise TypeError(f"arrays must be of NumPy, CuPy or PyTorch, got {type(array).__qualname__}")
+    return root
+
+
+def adopt(array: Any) -> Any:
+    """Give an array of a known library as it is, and any other DLPack array as CuPy or NumPy."""
+    root = type(array).__module__.partition(".")[0]
+    if root in ("numpy", "cupy", "torch") or not hasattr(array, "__dlpack__"):
+        return array
+    on_cpu = array.__dlpack_device__()[0] == 1
+    if on_cpu:
+        return np.from_dlpack(array)
+    import cupy
+
+    return cupy.from_dlpack(array)
+
+
+def dtype_name(array: Any) -> str:
+    """Name the dtype as every library spells it, such as ``float16``."""
+    return str(array.dtype).removeprefix("torch.")
+
+
+def device_of(array: Any) -> str:
+    """Name the device an array lives on: ``cpu``, or ``cuda:`` and its number."""
+    library = library_of(array)
+    if library == "torch":
+        return str(array.device)
+    return "cpu" if library == "numpy" else f"cuda:{array.device.id}"
+
+
+def layout(array: Any) -> tuple[tuple[int, ...], int]:
+    """Strides in bytes and the address of the first element."""
+    library = library_of(array)
+    if library == "torch":
+        return tuple(s * array.element_size() for s in array.stride()), array.data_ptr()
+    pointer = array.ctypes.data if library == "numpy" else array.data.ptr
+    return tuple(array.strides), pointer
+
+
+def wants_gradient(array: Any) -> bool:
+    """Whether PyTorch would record what happens to this array."""
+    if library_of(array) != "torch":
+        return False
+    import torch
+
+    return bool(array.requires_grad and torch.is_grad_enabled())
+
+
+def as_float32(array: Any) -> Any:
+    """Give a contiguous float32 copy or the array itself, in its own library."""
+    if library_of(array) == "torch":
+        import torch
+
+        return array.detach().to(torch.float32).contiguous()
+    module = _module(array)
+    return module.ascontiguousarray(array, dtype=module.float32)
+
+
+def full(like: Any, shape: tuple[int, ...], value: float, dtype: str = "float32") -> Any:
+    """Allocate an array in the library and on the device of another."""
+    if library_of(like) == "torch":
+        import torch
+
+        return torch.full(shape, value, dtype=getattr(torch, dtype), device=like.device)
+    return _module(like).full(shape, value, dtype=dtype)
+
+
+def cast(array: Any, like: Any) -> Any:
+    """Give the array in the dtype of another."""
+    if library_of(array) == "torch":
+        return array.to(like.dtype)
+    return array.astype(like.dtype, copy=False)
+
+
+def from_numpy(array: np.ndarray, like: Any) -> Any:
+    """Move a NumPy array to the library and device of another."""
+    if library_of(like) == "torch":
+        import torch
+
+        return torch.from_numpy(array).to(like.device)
+    return _module(like).asarray(array)
+
+
+def to_numpy(array: Any) -> np.ndarray:
+    """Copy an array to the host."""
+    library = library_of(array)
+    if library == "torch":
+        return array.detach().cpu().numpy()
+    return array if library == "numpy" else array.get()
+
+
+def current_stream(array: Any) -> int:
+    """Handle of the CUDA stream that the array's library is using; 0 is the default stream."""
+    library = library_of(array)
+    if library == "torch":
+        import torch
+
+        return int(torch.cuda.current_stream(array.device).cuda_stream)
+    if library == "cupy":
+        import cupy
+
+        return int(cupy.cuda.get_current_stream().ptr)
+    return 0
+
+
+def _module(array: Any) -> Any:
+    if library_of(array) == "numpy":
+        return np
+    import cupy
+
+    return cupy

@@ -1,0 +1,101 @@
+"""Which kernels there are, what this machine can run, and which one is chosen."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+OLDEST = (7, 5)
+"""Compute capability of Turing, the oldest that CUDA 13 compiles for."""
+
+BACKENDS = {
+    "simt": "teaching kernel in plain Numba CUDA: any GPU, or Numba's CUDA simulator",
+    "reference": "the simulator's NumPy on the CPU",
+}
+"""Every back end and what it is.  ``reference`` is never chosen unless asked for."""
+
+
+@dataclass(frozen=True)
+class Device:
+    """What Numba CUDA finds on this machine.
+
+    ``kind`` is ``gpu``, ``simulator`` (NUMBA_ENABLE_CUDASIM=1), ``too old`` or ``none``;
+    ``reason`` says in one sentence why kernels cannot run, and is empty where they can.
+    """
+
+    kind: str
+    reason: str = ""
+    name: str = ""
+    compute_capability: tuple[int, int] | None = None
+
+    @property
+    def runs_kernels(self) -> bool:
+        """Whether a kernel can be launched here."""
+        return self.kind in ("gpu", "simulator")
+
+
+def detect() -> Device:
+    """Find out what Numba CUDA can use here.
+
+    Returns
+    -------
+    Device
+
+    Examples
+    --------
+    >>> detect().kind in ("gpu", "simulator", "too old", "none")
+    True
+    """
+    try:
+        from numba import config, cuda
+    except ImportError as error:
+        return Device("none", f"Numba CUDA cannot be imported ({error})")
+    if config.ENABLE_CUDASIM:
+        return Device("simulator", name="Numba's CUDA simulator")
+    try:
+        if not cuda.is_available():
+            return Device("none", "there is no CUDA GPU, or no driver for it")
+        device = cuda.get_current_device()
+        name = device.name.decode() if isinstance(device.name, bytes) else str(device.name)
+        capability = (int(device.compute_capability[0]), int(device.compute_capability[1]))
+    except Exception as error:  # drivers fail in many ways, and each must end in a sentence
+        return Device("none", f"the CUDA driver does not work ({error})")
+    if capability < OLDEST:
+        major, minor = capability
+        reason = f"{name} is too old: compute capability {major}.{minor}, at least 7.5 is needed"
+        return Device("too old", reason, name, capability)
+    return Device("gpu", "", name, capability)
+
+
+def choose(backend: str | None, device: Device) -> str:
+    """Name the back end that runs.
+
+    Parameters
+    ----------
+    backend : str or None
+        What the caller asked for; None lets the machine decide between kernels.
+    device : Device
+
+    Returns
+    -------
+    str
+
+    Raises
+    ------
+    ValueError
+        If there is no such back end.
+    RuntimeError
+        If it cannot run here.
+
+    Examples
+    --------
+    >>> choose(None, Device("simulator"))
+    'simt'
+    """
+    if backend is not None and backend not in BACKENDS:
+        raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
+    if backend != "reference" and not device.runs_kernels:
+        raise RuntimeError(
+            f"no kernel can run here: {device.reason}; set NUMBA_ENABLE_CUDASIM=1 before Python "
+            'starts to run the teaching kernel on the CPU, or pass backend="reference"'
+        )
+    return backend or "simt"

@@ -1,0 +1,187 @@
+"""The public door: shapes and dtypes in and out, every refusal, thresholds per request and head."""
+
+import numpy as np
+import pytest
+
+import sim
+from cuda_kernels import Device, backends, skip_softmax_attention
+
+RNG = np.random.default_rng(5)
+Q = RNG.standard_normal((2, 40, 4, 16)).astype(np.float16)
+K, V = RNG.standard_normal((2, 2, 56, 2, 16)).astype(np.float16)
+Q[..., 0], K[..., 0], K[:, 0, :, 0] = 3, 0, 4  # an attention sink, so that tiles are skipped
+
+
+def call(q=Q, k=K, v=V, **arguments):
+    arguments = {"threshold": 0.5, "tile": (8, 16), "backend": "reference", **arguments}
+    return skip_softmax_attention(q, k, v, **arguments)
+
+
+def test_output_has_the_callers_shape_and_dtype():
+    out, report = call(return_report=True)
+    assert out.shape == Q.shape
+    assert out.dtype == np.float16
+    assert report.backend == "reference"
+    assert report.tiles.state.shape == (2, 4, 5, 4)
+    assert report.sparsity.shape == (2, 4)
+    assert report.lse.shape == report.dropped_mass_bound.shape == (2, 4, 40)
+    assert isinstance(call(), np.ndarray)
+
+
+def test_out_is_written_and_returned():
+    mine = np.full(Q.shape, np.nan, np.float16)
+    assert call(out=mine) is mine
+    assert np.array_equal(mine, call())
+
+
+def test_dense_is_attention():
+    out = call(threshold=0, softmax_scale=0.3)
+    for b in range(2):
+        q, k, v = (np.moveaxis(x[b], 1, 0) for x in (Q, K, V))
+        exact = sim.reference.attention(q, k, v, softmax_scale=0.3).output
+        np.testing.assert_allclose(np.moveaxis(out[b], 1, 0), exact, atol=2e-3)
+
+
+@pytest.mark.parametrize(
+    ("threshold", "expected"),
+    [
+        (0.5, np.full((2, 4), 0.5)),
+        ([0.5, 0.0], [[0.5] * 4, [0.0] * 4]),
+        (
+            [[0.1, 0.2, 0.3, 0.4], [0.5, 0.6, 0.7, 0.8]],
+            [[0.1, 0.2, 0.3, 0.4], [0.5, 0.6, 0.7, 0.8]],
+        ),
+    ],
+)
+def test_thresholds_per_request_and_per_head(threshold, expected):
+    _, report = call(threshold=threshold, return_report=True)
+    assert report.threshold.tolist() == np.asarray(expected).tolist()
+
+
+def test_a_looser_head_skips_more():
+    _, report = call(Q * 3, threshold=[[1.0, 0, 1.0, 0]] * 2, return_report=True)
+    assert (report.sparsity[:, [1, 3]] == 0).all()
+    assert report.sparsity[:, [0, 2]].max() > 0
+
+
+def test_factor_is_divided_by_the_key_length_and_short_contexts_stay_dense():
+    _, report = call(threshold=None, threshold_scale_factor=28, return_report=True)
+    assert (report.threshold == 0.5).all()
+    _, report = call(threshold=None, threshold_scale_factor=112, return_report=True)
+    assert (report.threshold == 0).all()
+    assert (report.sparsity == 0).all()
+    _, report = call(
+        threshold=None, threshold_scale_factor=112, short_context="allow", return_report=True
+    )
+    assert (report.threshold == 2).all()
+    assert report.sparsity.min() > 0
+
+
+def test_transposed_views_are_read_in_place():
+    cache = np.ascontiguousarray(np.moveaxis(K, 1, 2))  # [B, Hkv, L, D], as model caches are
+    assert np.array_equal(call(k=np.moveaxis(cache, 1, 2)), call())
+
+
+WIDE = np.zeros((2, 40, 4, 32), np.float16)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "sentence"),
+    [
+        ({"q": Q[0]}, ValueError, r"q must be \[batch, length, heads, head_dim\]"),
+        ({"k": K[:, :0]}, ValueError, r"k must be .* none of them 0; got shape \(2, 0, 2, 16\)"),
+        ({"q": Q.astype(float)}, ValueError, "q must be float16, bfloat16, float32; got float64"),
+        ({"v": V.astype(np.float32)}, ValueError, "must share library and dtype; .* v is numpy"),
+        ({"k": K[..., :8]}, ValueError, "q and k must share head_dim, got 16 and 8"),
+        ({"v": V[:, :50]}, ValueError, "k and v must share batch, length and heads"),
+        ({"q": Q[:1]}, ValueError, "q and k must share batch, got 1 and 2"),
+        ({"q": Q[:, :, :3]}, ValueError, "query heads must be a multiple of KV heads, got 3 and 2"),
+        ({"q": WIDE[..., ::2]}, ValueError, "q must be contiguous along head_dim"),
+        ({"q": WIDE[..., 4:20]}, ValueError, "q must start, and step, at multiples of 16 bytes"),
+        ({"q": [[1.0]]}, TypeError, "arrays must be of NumPy, CuPy or PyTorch, got list"),
+        ({"threshold": -1}, ValueError, "threshold must be finite and at least 0, got -1"),
+        ({"threshold": float("nan")}, ValueError, "threshold must be finite"),
+        ({"threshold": 1.5}, ValueError, "threshold must be at most 1"),
+        ({"threshold": [0.1] * 3}, ValueError, r"one for each of \[2\] requests, or \[2, 4\]"),
+        ({"threshold_scale_factor": 1}, ValueError, "not both"),
+        ({"threshold": None}, ValueError, "give threshold, threshold_scale_factor"),
+        ({"order": "up"}, ValueError, "order must be one of"),
+        ({"tile": (8, 0)}, ValueError, "tile keys must be between 1"),
+        ({"softmax_scale": -1.0}, ValueError, "softmax_scale must be finite and above 0"),
+        ({"out": np.zeros((1, 2))}, ValueError, "out must be a numpy array of shape"),
+        ({"out": np.zeros(Q.shape)}, ValueError, "out must share dtype and device with q"),
+        ({"backend": "magic"}, ValueError, "backend must be one of simt, reference, got 'magic'"),
+        ({"cu_seqlens_q": [0]}, ValueError, "cu_seqlens_q is not supported yet"),
+        ({"cu_seqlens_k": [0]}, ValueError, "cu_seqlens_k is not supported yet"),
+        ({"page_table": [0]}, ValueError, "page_table is not supported yet"),
+        ({"sink_logits": [0]}, ValueError, "sink_logits is not supported yet"),
+    ],
+)
+def test_bad_input_gets_one_sentence(change, error, sentence):
+    with pytest.raises(error, match=sentence):
+        call(**change)
+
+
+def test_nothing_falls_back_silently(monkeypatch):
+    none = Device("none", "there is no CUDA GPU, or no driver for it")
+    monkeypatch.setattr("cuda_kernels.attention.detect", lambda: none)
+    with pytest.raises(RuntimeError, match="no kernel can run here: there is no CUDA GPU"):
+        call(backend=None)
+
+
+def test_simt_names_the_tiles_it_takes(monkeypatch):
+    pytest.importorskip("numba", reason="Numba has no wheel here")
+    monkeypatch.setattr("cuda_kernels.attention.detect", lambda: Device("gpu"))
+    with pytest.raises(ValueError, match="at most 1024 rows and a multiple of 16 keys"):
+        call(backend=None, tile=(8, 24))
+
+
+def test_torch_tensors_come_in_and_go_out():
+    torch = pytest.importorskip("torch", reason="PyTorch is not installed")
+    q, k, v = (torch.from_numpy(x) for x in (Q, K, V))
+    out = call(q, k, v)
+    assert np.array_equal(out.numpy(), call())
+    assert call(*(x.to(torch.bfloat16) for x in (q, k, v))).dtype == torch.bfloat16
+    with pytest.raises(ValueError, match="q requires a gradient, and there is no backward pass"):
+        call(q.clone().requires_grad_(), k, v)
+    with torch.no_grad():
+        call(q.clone().requires_grad_(), k, v)
+
+
+def test_a_cpu_tensor_is_not_sent_to_the_gpu_unasked(monkeypatch):
+    torch = pytest.importorskip("torch", reason="PyTorch is not installed")
+    monkeypatch.setattr("cuda_kernels.attention.detect", lambda: Device("gpu"))
+    with pytest.raises(ValueError, match="q is on cpu; move q, k and v to the GPU first"):
+        call(*(torch.from_numpy(x) for x in (Q, K, V)), backend="simt")
+
+
+def test_choice_of_back_end():
+    gpu, old = Device("gpu"), Device("too old", "GTX 980 is too old: compute capability 5.2 …")
+    assert backends.choose(None, gpu) == "simt"
+    assert backends.choose("reference", old) == "reference"
+    with pytest.raises(RuntimeError, match="GTX 980 is too old"):
+        backends.choose("simt", old)
+
+
+@pytest.mark.parametrize(
+    ("capability", "kind"), [((9, 0), "gpu"), ((7, 5), "gpu"), ((5, 2), "too old")]
+)
+def test_old_gpus_are_told_apart(monkeypatch, capability, kind):
+    cuda = pytest.importorskip("numba.cuda", reason="Numba has no wheel here")
+    card = type("Card", (), {"name": b"Some card", "compute_capability": capability})()
+    monkeypatch.setattr(cuda, "is_available", lambda: True)
+    monkeypatch.setattr(cuda, "get_current_device", lambda: card)
+    found = backends.detect()
+    assert found.kind == kind
+    assert found.name == "Some card"
+    assert ("compute capability 5.2, at least 7.5" in found.reason) == (kind == "too old")
+
+
+def test_a_broken_driver_ends_in_a_sentence(monkeypatch):
+    cuda = pytest.importorskip("numba.cuda", reason="Numba has no wheel here")
+
+    def broken():
+        raise OSError("libcuda.so is a stub")
+
+    monkeypatch.setattr(cuda, "is_available", broken)
+    assert backends.detect().reason == "the CUDA driver does not work (libcuda.so is a stub)"
