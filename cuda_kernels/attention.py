@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -176,6 +177,7 @@ def _run_simt(
     q: Any, k: Any, v: Any, scale: float, lam: NDArray[np.float64], grid: Grid, order: str
 ) -> tuple[Any, SkipReport]:
     from numba import config, cuda
+    from numba.core.errors import NumbaPerformanceWarning
 
     from cuda_kernels.prefill_simt import CHUNK, ORDER_CODES, make_kernel
 
@@ -195,14 +197,16 @@ def _run_simt(
     stream = 0
     if not config.ENABLE_CUDASIM and (handle := arrays.current_stream(q)):
         stream = cuda.external_stream(handle)
-    kernel[(grid.groups, heads, batch), grid.rows, stream](
-        *(_bare(arrays.as_float32(x)) for x in (q, k, v)),
-        np.float32(scale),
-        _bare(ln_lam),
-        grid.causal,
-        ORDER_CODES[order],
-        *(_bare(x) for x in (out, lse, bound, state, gap)),
-    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", NumbaPerformanceWarning)  # lessons launch small grids
+        kernel[(grid.groups, heads, batch), grid.rows, stream](
+            *(_bare(arrays.as_float32(x)) for x in (q, k, v)),
+            np.float32(scale),
+            _bare(ln_lam),
+            grid.causal,
+            ORDER_CODES[order],
+            *(_bare(x) for x in (out, lse, bound, state, gap)),
+        )
     return out, SkipReport(state, gap, lse, bound, grid, order, lam, "simt")
 
 

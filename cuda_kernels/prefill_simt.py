@@ -12,7 +12,7 @@ import math
 from functools import lru_cache
 from typing import Any
 
-from numba import cuda, float32
+from numba import cuda, float32, int32
 
 CHUNK = 16  # keys (or values) in shared memory at a time
 ORDER_CODES = {"ascending": 0, "descending": 1, "ends_first": 2}
@@ -99,7 +99,8 @@ def make_kernel(rows: int, keys: int, head_dim: int, v_head_dim: int) -> Any:
             if tile_max > -math.inf:
                 row_gap = tile_max - m  # +inf if it has seen nothing so far: it votes keep
             gaps[r] = row_gap
-            skip = cuda.syncthreads_and(row_gap < ln_lam[b, h] or row_gap == -math.inf)
+            agrees = row_gap < ln_lam[b, h] or row_gap == -math.inf
+            skip = cuda.syncthreads_and(int32(agrees))
             if r == 0:
                 for x in range(rows):
                     row_gap = max(row_gap, gaps[x])
