@@ -1,0 +1,1 @@
+"""Lessons: each file is a program and a notebook.  They need a clone; nothing here is installed."""

@@ -1,0 +1,311 @@
+"""Checks of the lessons: many cases, and of those that fail the first, with one hint.
+
+A check prints and returns whether all cases pass.  In a program it ends the run at the first
+failure instead (``strict``), so that the exit status says whether a lesson is solved.
+"""
+
+from __future__ import annotations
+
+import traceback
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+import sim
+from lessons.helpers import Stop, in_notebook
+from sim.reference import attention
+
+Array = NDArray[Any]
+
+
+class Wanted(NamedTuple):
+    """One value that must be returned: max |Δ| ≤ budget; and what to say if it is not so."""
+
+    name: str
+    value: Array
+    budget: float
+    hint: str
+
+
+class Case(NamedTuple):
+    """One call, and what it must return, in the order in which it is looked at."""
+
+    label: str
+    arguments: tuple[Any, ...]
+    wanted: list[Wanted]
+
+
+def check_attention(fn: Callable[..., Any], strict: bool | None = None) -> bool:
+    """Lesson 0: ``attention(q, k, v, scale) -> output, weights``, causal."""
+
+    def cases() -> Iterator[Case]:
+        alone = "one word sees only itself: its weight is 1"
+        order = "in order: scores times `scale`; −inf above the diagonal; exp; row ÷ its sum"
+        for seed, (n, d, dv) in enumerate([(1, 4, 4), (2, 4, 3), (5, 8, 8), (34, 64, 64)]):
+            q, k, v = _random(seed, (n, d), (n, d), (n, dv))
+            scale = d**-0.5
+            scores = np.where(np.tri(n, dtype=bool), q @ k.T * scale, -np.inf)
+            weights = np.exp(scores) / np.exp(scores).sum(axis=1, keepdims=True)
+            yield Case(
+                f"{n} words, head size {d}, seed {seed}",
+                (q, k, v, scale),
+                [
+                    Wanted("output", weights @ v, 1e-9, alone if n == 1 else order),
+                    Wanted("weights", weights, 1e-9, alone if n == 1 else order),
+                ],
+            )
+
+    return _judge(fn, cases(), strict)
+
+
+def check_softmax(fn: Callable[..., Any], strict: bool | None = None) -> bool:
+    """Lesson 1: ``softmax(scores) -> weights`` along the last axis, for any scores."""
+
+    def cases() -> Iterator[Case]:
+        (plain,) = _random(0, (3, 7))
+        over = "exp overflows to inf and inf / inf is nan: subtract the row's maximum first"
+        own = "each row needs its own maximum, not one for the whole array"
+        masked = "−inf is a masked score: its weight is exp(−inf) = 0"
+        empty = "a row whose every score is −inf: −inf − −inf is nan, use 0 as its maximum"
+        hidden = np.where(np.tri(5, 6, dtype=bool), _random(1, (5, 6))[0], -np.inf)
+        unlike = np.array([[900.0, 901, 902], [0, 1, 2], [-902, -901, -900]])
+        for label, scores, hint in [
+            ("ordinary scores, seed 0", plain, "weights are exp(score) over the sum of the row"),
+            ("scores near +1000, seed 0", plain + 1000, over),
+            ("scores near −1000, seed 0", plain - 1000, over),
+            ("rows of very different size", unlike, own),
+            ("a causal mask, seed 1", hidden, masked),
+            ("a row that sees nothing", np.array([[-np.inf, -np.inf], [0, 0]]), empty),
+        ]:
+            yield Case(
+                f"{label}, shape {scores.shape}",
+                (scores,),
+                [Wanted("weights", _softmax(scores), 1e-12, hint)],
+            )
+
+    return _judge(fn, cases(), strict)
+
+
+def check_online_softmax(fn: Callable[..., Any], strict: bool | None = None) -> bool:
+    """Lesson 2: ``online_softmax(scores, values, chunk) -> output, m, l`` for one row."""
+
+    def cases() -> Iterator[Case]:
+        rescale = "when m grows, l and acc are too large by exp(old m − new m) = 1 / alpha"
+        for seed, (n, chunk, slope) in enumerate(
+            [(8, 8, 0), (9, 3, 0), (40, 7, -0.5), (40, 7, 0.5), (1, 4, 0), (300, 64, 20)]
+        ):
+            scores, values = _random(seed, (n,), (n, 5))
+            scores += slope * np.arange(n)
+            m = scores.max()
+            l = np.exp(scores - m).sum()
+            hint = "one chunk is the plain softmax: p = exp(s − m)" if chunk >= n else rescale
+            yield Case(
+                f"{n} scores in chunks of {chunk}, slope {slope}, seed {seed}",
+                (scores, values, chunk),
+                [
+                    Wanted("output", _softmax(scores) @ values, 1e-10, hint),
+                    Wanted("m", m, 0, "m is the largest of all scores so far"),
+                    Wanted("l", l, 1e-10 * l, hint),
+                ],
+            )
+
+    return _judge(fn, cases(), strict)
+
+
+def check_tiled_attention(fn: Callable[..., Any], strict: bool | None = None) -> bool:
+    """Lesson 3: ``tiled_attention(q, k, v, scale, tile) -> output, state``, causal."""
+
+    def cases() -> Iterator[Case]:
+        mask = "row r sees keys 0 … r: in its tiles, mask the others"
+        last = "the last row of a group decides how many tiles the group visits"
+        tail = "the last group and the last tile may be smaller: stop at row n and key n"
+        for seed, (n, tile, hint) in enumerate(
+            [
+                (8, (8, 8), mask),
+                (32, (8, 8), mask),
+                (32, (8, 16), mask),
+                (32, (16, 8), mask),
+                (37, (8, 16), tail),
+                (50, (7, 3), tail),
+            ]
+        ):
+            q, k, v = _random(seed, (n, 16), (n, 16), (n, 16))
+            grid = sim.Grid(tile, n, n, True)
+            yield Case(
+                f"{n} words, tiles of {tile[0]} × {tile[1]}, seed {seed}",
+                (q, k, v, 0.25, tile),
+                [
+                    Wanted("state", grid.visited_tiles(), 0, last),
+                    Wanted("output", attention(q[None], k[None], v[None]).output[0], 1e-10, hint),
+                ],
+            )
+
+    def in_order(*arguments: Any) -> Any:
+        output, state = fn(*arguments)
+        return state, output
+
+    return _judge(fn, cases(), strict, call=in_order)
+
+
+def check_skip(fn: Callable[..., Any], strict: bool | None = None) -> bool:
+    """Lesson 4: ``skip_attention(q, k, v, scale, tile, order, ln_lam) -> state, gap, output``."""
+
+    def cases() -> Iterator[Case]:
+        largest = (
+            "a row's gap is tile_max − m, m from before this tile; the tile's is the largest; "
+            "and a wrong skip (λ = 0 skips nothing) spoils every gap after it"
+        )
+        blind = "a row that sees nothing here (tile_max −inf) has gap −inf, never nan"
+        rule = "skip exactly where the tile's gap lies below ln λ"
+        kept = "on a skip nothing changes: neither m, nor l, nor acc"
+        for seed, (n, tile, order, lam) in enumerate(
+            [
+                (64, (8, 16), "ascending", 0.0),
+                (64, (8, 16), "ascending", 0.1),
+                (64, (8, 16), "ends_first", 0.1),
+                (64, (16, 8), "ends_first", 0.3),
+                (53, (16, 8), "descending", 0.5),
+                (90, (8, 16), "ascending", 0.9),
+            ]
+        ):
+            q, k, v = _random(seed, (n, 16), (n, 16), (n, 16))
+            q *= 4
+            q, k, v = (x.astype(np.float32).astype(np.float64) for x in (q, k, v))
+            one = sim.scan(q[None], k[None], tile=tile, order=order)
+            tiles = one.decide(lam)
+            output = attention(q[None], k[None], v[None], tiles=tiles).output[0]
+            with np.errstate(divide="ignore"):
+                ln_lam = np.log(lam)
+            yield Case(
+                f"{n} words, tiles of {tile[0]} × {tile[1]}, {order}, λ = {lam}, seed {seed}",
+                (q, k, v, 0.25, tile, order, ln_lam),
+                [
+                    Wanted("gap", one.gap[0], 1e-4, largest if tile[0] < tile[1] else blind),
+                    Wanted("state", tiles.state[0], 0, rule),
+                    Wanted("output", output, 1e-9, kept),
+                ],
+            )
+
+    def in_order(*arguments: Any) -> Any:
+        output, state, gap = fn(*arguments)
+        return gap, state, output
+
+    return _judge(fn, cases(), strict, call=in_order)
+
+
+def check_threads(fn: Callable[..., Any], strict: bool | None = None) -> bool:
+    """Lesson 5: ``launch(q, k, v, scale, threads) -> output``, one thread for each row, causal."""
+
+    def cases() -> Iterator[Case]:
+        first = "one block: row is threadIdx; and l is rescaled by alpha before p is added"
+        blocks = "count the rows of the blocks before: row = blockIdx · blockDim + threadIdx"
+        guard = "the last block has more threads than rows are left: those must do nothing"
+        for seed, (n, threads, hint) in enumerate(
+            [(4, 4, first), (12, 4, blocks), (13, 4, guard), (3, 8, guard), (21, 16, guard)]
+        ):
+            q, k, v = _random(seed, (n, 8), (n, 8), (n, 8))
+            yield Case(
+                f"{n} words, {threads} threads in a block, seed {seed}",
+                (q, k, v, 8**-0.5, threads),
+                [Wanted("output", attention(q[None], k[None], v[None]).output[0], 1e-10, hint)],
+            )
+
+    return _judge(fn, cases(), strict)
+
+
+def _judge(
+    fn: Callable[..., Any],
+    cases: Iterable[Case],
+    strict: bool | None,
+    call: Callable[..., Any] | None = None,
+) -> bool:
+    """Run ``fn`` on all cases; print how many pass, or what is wrong with the first that does not.
+
+    ``call`` puts the results of ``fn`` in the order in which they are looked at.
+    """
+    cases = list(cases)
+    name = fn.__name__
+    for number, case in enumerate(cases, 1):
+        arguments = tuple(x.copy() if isinstance(x, np.ndarray) else x for x in case.arguments)
+        fault = _fault(fn, call or fn, arguments, case.wanted)
+        if fault:
+            message = f"❌ {name}: case {number} of {len(cases)}: {case.label}\n   {fault}"
+            if strict if strict is not None else not in_notebook():
+                raise Stop(message)
+            print(message)
+            return False
+    print(f"✅ {len(cases)}/{len(cases)} cases: {name}")
+    return True
+
+
+def _fault(
+    fn: Callable[..., Any],
+    call: Callable[..., Any],
+    arguments: tuple[Any, ...],
+    wanted: list[Wanted],
+) -> str | None:
+    """Say what is wrong with one call, and a hint; or None."""
+    hint = f"\n   hint: {wanted[0].hint}"
+    try:
+        with np.errstate(all="ignore"):
+            results = call(*arguments)
+    except Stop:
+        raise
+    except Exception as error:  # the learner's, whatever it is
+        return _raised(fn, error) + hint
+    if not isinstance(results, tuple):
+        results = (results,)
+    if len(results) != len(wanted):
+        return f"must return {', '.join(one.name for one in wanted)}{hint}"
+    for result, one in zip(results, wanted, strict=True):
+        if fault := _difference(one.name, result, np.asarray(one.value, float), one.budget):
+            return f"{fault}\n   hint: {one.hint}"
+    return None
+
+
+def _raised(fn: Callable[..., Any], error: Exception) -> str:
+    """Name an exception and the learner's line that it came from."""
+    said = f"{type(error).__name__}: {error}"
+    own = [
+        frame
+        for frame in traceback.extract_tb(error.__traceback__)
+        if frame.filename == fn.__code__.co_filename
+    ]
+    return f"raised {said}\n   in line {own[-1].lineno}: {own[-1].line}" if own else said
+
+
+def _difference(name: str, result: Any, want: Array, budget: float) -> str | None:
+    """Say where a result is wrong, or None."""
+    if result is None:
+        return f"{name} is None: is something missing after `return`?"
+    try:
+        got = np.asarray(result, float)
+    except (TypeError, ValueError):
+        return f"{name} must be an array of numbers, got {type(result).__name__}"
+    if got.shape != want.shape:
+        return f"{name} has shape {got.shape}, expected {want.shape}"
+    with np.errstate(invalid="ignore"):
+        off = np.where(got == want, 0, np.abs(got - want))
+    off = np.where(np.isnan(off), np.inf, off)
+    if (off <= budget).all():
+        return None
+    worst = tuple(int(x) for x in np.unravel_index(off.argmax(), off.shape))
+    at = f" at {worst}" if worst else ""
+    return (
+        f"{name}: max |Δ| = {off.max():.3g}, budget {budget:.3g}, worst{at}: "
+        f"got {got[worst]:.6g}, expected {want[worst]:.6g}"
+    )
+
+
+def _random(seed: int, *shapes: tuple[int, ...]) -> list[Array]:
+    rng = np.random.default_rng(seed)
+    return [rng.standard_normal(shape) for shape in shapes]
+
+
+def _softmax(scores: Array) -> Array:
+    """Softmax along the last axis in float64; a row of −inf gives zeros."""
+    m = scores.max(axis=-1, keepdims=True)
+    p = np.exp(scores - np.where(m == -np.inf, 0, m))
+    return p / np.maximum(p.sum(axis=-1, keepdims=True), np.finfo(float).tiny)

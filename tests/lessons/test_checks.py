@@ -1,0 +1,113 @@
+"""What a check says about results that are not merely inaccurate."""
+
+import doctest
+
+import numpy as np
+import pytest
+
+from lessons import catalogue, checks, helpers, pictures
+from lessons.helpers import Stop
+
+
+def good(scores):
+    m = np.where(np.isinf(scores.max(-1, keepdims=True)), 0, scores.max(-1, keepdims=True))
+    p = np.exp(scores - m)
+    return p / np.maximum(p.sum(-1, keepdims=True), 1e-300)
+
+
+def raises(scores):
+    return scores[:, 99]
+
+
+@pytest.mark.parametrize(
+    ("fn", "said"),
+    [
+        (lambda scores: None, "weights is None"),
+        (lambda scores: good(scores)[0], r"weights has shape \(7,\), expected \(3, 7\)"),
+        (lambda scores: good(scores) * np.nan, r"max \|Δ\| = inf, budget 1e-12, worst at \(0, 0\)"),
+        (lambda scores: (good(scores), 1), "must return weights"),
+        (lambda scores: "weights", "weights must be an array of numbers, got str"),
+        (raises, r"raised IndexError: .*\n   in line \d+: return scores\[:, 99\]"),
+        (lambda scores: good(scores) + 1e-9, r"max \|Δ\| = 1e-09, budget 1e-12"),
+    ],
+)
+def test_first_fault(fn, said, capsys):
+    assert checks.check_softmax(fn, strict=False) is False
+    shown = capsys.readouterr().out
+    with pytest.raises(
+        Stop, match=rf"^❌ .*: case 1 of 6: ordinary scores, seed 0.*\n   (weights: )?{said}"
+    ):
+        checks.check_softmax(fn, strict=True)
+    assert shown.count("❌") == 1
+    assert "   hint: " in shown
+
+
+def test_a_program_is_strict():
+    with pytest.raises(Stop):
+        checks.check_softmax(raises)
+
+
+def test_good_passes(capsys):
+    assert checks.check_softmax(good) is True
+    assert capsys.readouterr().out == "✅ 6/6 cases: good\n"
+
+
+def test_a_function_cannot_change_what_it_is_judged_by():
+    def overwrites(scores):
+        result = good(scores)
+        scores[:] = 0
+        return result
+
+    assert checks.check_softmax(overwrites)
+
+
+def test_results_of_wrong_number(capsys):
+    assert not checks.check_attention(lambda q, k, v, scale: q, strict=False)
+    assert "must return output, weights" in capsys.readouterr().out
+
+
+def test_todo_is_not_taken_for_a_fault():
+    with pytest.raises(Stop, match=r"^To do in tests/lessons/test_checks\.py:\d+\n  think$"):
+        checks.check_softmax(lambda scores: helpers.todo("think"), strict=False)
+
+
+def test_stop_has_no_traceback_in_a_notebook():
+    assert Stop("one message")._render_traceback_() == ["one message"]
+
+
+@pytest.mark.parametrize(
+    ("predicted", "said"), [(None, "You predicted nothing"), (12, "You predicted 12")]
+)
+def test_reveal(predicted, said, capsys):
+    helpers.reveal(predicted, 53.789, "per cent")
+    assert capsys.readouterr().out == f"{said}; it is 53.79 per cent.\n"
+
+
+def test_a_program_that_fails_in_the_simulator_stops(tmp_path, monkeypatch):
+    pytest.importorskip("numba")
+    monkeypatch.setattr(helpers, "OUTPUT", tmp_path)
+
+    def breaks(x):
+        return {"y": 1 / x}
+
+    monkeypatch.setattr(helpers.inspect, "getsource", lambda one: "def breaks(x):\n    1 / x\n")
+    with pytest.raises(Stop, match=r"(?s)^❌ .*breaks\.py failed in Numba's CUDA simulator:.*Zero"):
+        helpers.run_in_cuda_simulator(breaks, x=0)
+
+
+def test_pictures():
+    picture = pictures.weights_by_word(np.eye(3), ["a", "\n", "word"], cell=10)
+    pixel = [picture.getpixel((130 + 10 * j + 4, 130 + 10 * i + 4)) for i, j in np.ndindex(3, 3)]
+    blue, white, grey = (0x00, 0x72, 0xB2), (255, 255, 255), (0xEE, 0xEE, 0xEE)
+    assert pixel == [blue, grey, grey, white, blue, grey, white, white, blue]
+    two = pictures.categories(np.array([[0, 1]]), ["#000000", "#ffffff"], cell=2)
+    assert np.asarray(two)[:, :, 0].tolist() == [[0, 0, 255, 255]] * 2
+    sheet = pictures.side_by_side([two, two], ["left", "right"])
+    assert sheet.size == (2 * 192, 2 + 26)
+    bars = pictures.bars_under_line(np.array([1.0, 3.0]), np.array([3.0, 3.0]), ("bars", "line"))
+    top = [bars.getpixel((30 + 20 * i + 10, 60)) for i in range(2)]
+    assert top == [white, blue]
+
+
+def test_examples():
+    assert doctest.testmod(catalogue) == (0, 1)

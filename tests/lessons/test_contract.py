@@ -1,0 +1,209 @@
+"""What every lesson promises: gaps that fail, solutions that pass, one text outside the gaps."""
+
+import difflib
+import importlib.util
+import json
+import re
+import subprocess
+from pathlib import Path
+from urllib.parse import parse_qsl, urlsplit
+
+import pytest
+
+from lessons import catalogue, checks
+from lessons.helpers import OUTPUT, ROOT
+
+LESSONS = catalogue.lessons()
+each = pytest.mark.parametrize("lesson", LESSONS, ids=lambda lesson: lesson.path.stem)
+needs_numba = pytest.mark.skipif(
+    importlib.util.find_spec("numba") is None, reason="numba has no wheel for this machine"
+)
+each_that_runs_here = pytest.mark.parametrize(
+    "lesson",
+    [pytest.param(one, marks=needs_numba) if one.number == 5 else one for one in LESSONS],
+    ids=lambda lesson: lesson.path.stem,
+)
+
+
+def text(path: Path) -> str:
+    return path.read_text(encoding="utf-8")
+
+
+def test_there_are_lessons_and_solutions_one_for_one():
+    assert [lesson.number for lesson in LESSONS] == [0, 1, 2, 3, 4, 5]
+    assert [lesson.path.name[:2] for lesson in LESSONS] == [f"{one.number:02}" for one in LESSONS]
+    solutions = sorted((catalogue.LESSONS / "solutions").glob("*.py"))
+    assert solutions == [lesson.solution for lesson in LESSONS]
+
+
+def test_no_lessons_is_an_error(tmp_path, monkeypatch):
+    monkeypatch.setattr(catalogue, "LESSONS", tmp_path)
+    with pytest.raises(ValueError, match="there are no lessons in"):
+        catalogue.lessons()
+
+
+def test_a_lesson_without_header_is_an_error(tmp_path):
+    path = tmp_path / "06_more.py"
+    path.write_text("# %%\nprint(1)\n", encoding="utf-8")
+    with pytest.raises(ValueError, match=r"06_more\.py must begin with a title"):
+        catalogue.read_lesson(path)
+
+
+@each
+def test_unsolved_ends_with_one_message(lesson, program):
+    done = program(lesson.path)
+    source = text(lesson.path)
+    line = next(n for n, one in enumerate(source.splitlines(), 1) if "helpers.todo(" in one)
+    task = re.search(r'helpers\.todo\("(.+)"\)', source)[1]
+    assert done.stderr == f"\nTo do in lessons/{lesson.path.name}:{line}\n  {task}\n"
+    assert done.status == 1
+    assert "✅" not in done.stdout
+    assert "❌" not in done.stdout
+
+
+@each
+def test_every_gap_counts(lesson, program, gap, tmp_path):
+    """With all gaps filled but one, that one is reported."""
+    skeleton, solution = text(lesson.path), text(lesson.solution)
+    left = [found.span(2) for found in gap.finditer(solution)]
+    tasks = [found[2] for found in gap.finditer(skeleton)]
+    assert len(left) == len(tasks) > 0
+    for i, ((start, stop), task) in enumerate(zip(left, tasks, strict=True)):
+        path = tmp_path / f"{lesson.path.stem}_{i}.py"
+        path.write_text(solution[:start] + task + solution[stop:], encoding="utf-8")
+        done = program(path)
+        assert done.status == 1
+        assert done.stderr.startswith("\nTo do in ")
+        assert done.stderr.count("\n") == 3
+
+
+@each_that_runs_here
+def test_solution_passes_in_time(lesson, program, slack):
+    done = program(lesson.solution)
+    assert (done.status, done.stderr) == (0, "")
+    assert done.seconds <= 15 * slack
+    assert re.search(r"^✅ (\d+)/\1 cases", done.stdout, re.M)
+    assert done.stdout.count("❌") == 1, "“Break it” shows the damage, once"
+    assert done.stdout.index("✅") < done.stdout.index("❌")
+    assert done.stdout.count("You predicted nothing; it is ") == 1
+    assert (OUTPUT / f"{lesson.path.stem}.png").read_bytes().startswith(b"\x89PNG")
+
+
+@each
+def test_same_text_outside_the_gaps(lesson, gap):
+    left, right = (
+        gap.sub("# gap\n", text(path)).splitlines() for path in (lesson.path, lesson.solution)
+    )
+    drift = list(difflib.unified_diff(left, right, "lesson", "solution", lineterm=""))
+    assert not drift, "\n".join(drift)
+    assert "helpers.todo(" not in text(lesson.solution)
+
+
+@each
+def test_size(lesson, gap):
+    assert len(text(lesson.path).splitlines()) <= 250
+    assert len(text(lesson.solution).splitlines()) <= 250
+    for announced, filling in gap.findall(text(lesson.solution)):
+        assert abs(len(filling.splitlines()) - int(announced)) <= 1
+    for _, filling in gap.findall(text(lesson.path)):
+        assert len(filling.splitlines()) == 1
+
+
+@each
+def test_order_of_parts(lesson):
+    parts = [
+        "**Question:**",
+        "## Predict",
+        "PREDICT:",
+        "FILL ME IN",
+        "checks.check_",
+        "## The pict",
+    ]
+    parts += ["helpers.show(", "helpers.app_link(", "## Break it", "strict=False"]
+    places = [text(lesson.path).index(part) for part in parts]
+    assert places == sorted(places)
+
+
+WRONG = [
+    ("00_attention", "scores = q @ k.T * scale", "scores = q @ k.T", "in order: scores times"),
+    ("00_attention", "axis=1, keepdims=True)\n    # END", "axis=0)\n    # END", "each row|row ÷"),
+    ("01_softmax_needs_a_max", "scores - m)", "scores - scores.max())", "its own maximum"),
+    ("01_softmax_needs_a_max", "np.where(m == -np.inf, 0, m)", "m", "use 0 as its maximum"),
+    ("02_online_softmax", "acc = acc * alpha + p @ v", "acc = acc + p @ v", "1 / alpha"),
+    ("02_online_softmax", "alpha = np.exp(m - m_new)", "alpha = np.exp(m_new - m)", "alpha|plain"),
+    ("03_tiles", "columns <= group[:, None]", "columns < group[:, None]", "mask the others"),
+    ("03_tiles", "visited = -(-(group[-1] + 1) // keys)", "visited = 1", "last row of a group"),
+    ("03_tiles", "visited = -(-(group[-1] + 1) // keys)", "visited = n // keys", "last row"),
+    ("04_skip_test", "row_gap.max()", "row_gap.mean()", "largest"),
+    ("04_skip_test", "gap[i, j] < ln_lam\n            # END", "True\n            # END", "λ = 0"),
+    ("04_skip_test", "np.where(tile_max == -np.inf, -np.inf, tile_max - m)", "tile_max - m", "nan"),
+    ("05_blocks_and_threads", "cuda.blockIdx.x * cuda.blockDim.x + ", "", "the blocks before"),
+    ("05_blocks_and_threads", "if row >= q.shape[0]", "if row > q.shape[0]", "more threads"),
+    ("05_blocks_and_threads", "l = l * alpha + p", "l = l + p", "l is rescaled"),
+]
+
+
+@pytest.mark.parametrize(("name", "right", "wrong", "hint"), WRONG)
+def test_wrong_filling_is_found(name, right, wrong, hint, program, tmp_path):
+    source = text(catalogue.LESSONS / "solutions" / f"{name}.py")
+    assert right in source
+    path = tmp_path / f"{name}.py"
+    path.write_text(source.replace(right, wrong, 1), encoding="utf-8")
+    done = program(path)
+    assert done.status == 1
+    assert "✅" not in done.stdout
+    message = done.stderr.strip().splitlines()
+    assert message[0].startswith("❌ ")
+    assert "Traceback" not in done.stderr
+    assert re.search(rf"hint: .*({hint})", message[-1]), message[-1]
+
+
+@each_that_runs_here
+def test_link_opens_the_app_with_these_settings(lesson, program, root):
+    from streamlit.testing.v1 import AppTest
+
+    link = re.search(r"http://\S+", program(lesson.solution).stdout)[0]
+    parameters = parse_qsl(urlsplit(link).query, strict_parsing=True)
+    app = AppTest.from_file(root / "app" / "streamlit_app.py", default_timeout=60)
+    for name, value in parameters:
+        app.query_params[name] = value
+    app.run()
+    assert not app.exception
+    assert {name for name, _ in parameters} >= {"source", "head"}
+    for name, value in parameters:
+        got = app.session_state[name]
+        assert got == (value if isinstance(got, str) else json.loads(value)), name
+
+
+def test_mentioned_files_exist():
+    sources = [*(one.path for one in LESSONS), catalogue.FIRST_KERNEL]
+    written_by_lessons = {"lessons/output", "lessons/output/by_numba.py"}
+    mentioned = {
+        name
+        for path in sources
+        for name in re.findall(r"`((?:app|cuda_kernels|lessons|sim)/[\w/.]+)`", text(path))
+    } - written_by_lessons
+    assert mentioned
+    assert [name for name in mentioned if not (ROOT / name).exists()] == []
+
+
+def test_readme_is_generated():
+    assert text(catalogue.LESSONS / "README.md") == catalogue.readme()
+    links = re.findall(r"\]\(([^)]+)\)", catalogue.readme())
+    assert len(links) == 2 * len(LESSONS) + 1
+    assert [link for link in links if not (catalogue.LESSONS / link).is_file()] == []
+
+
+def test_every_check_belongs_to_a_lesson():
+    names = [name for name in vars(checks) if name.startswith("check_")]
+    assert len(names) == len(LESSONS)
+    for lesson, name in zip(LESSONS, names, strict=True):
+        assert f"checks.{name}(" in text(lesson.path)
+
+
+def test_no_notebook_or_picture_is_committed():
+    if not (ROOT / ".git").exists():
+        pytest.skip("not a git clone")
+    command = ["git", "-C", str(ROOT), "ls-files", "lessons"]
+    tracked = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
+    assert [name for name in tracked if not name.endswith((".py", ".md"))] == []
