@@ -10,6 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 
 from sim.geometry import COMPUTED, SKIPPED, TileMap
 
@@ -51,6 +52,34 @@ class Ledger:
     def matrix_work_ratio(self) -> float:
         """Dense matrix operations ÷ ours: below 2, because Q·Kᵀ is never skipped."""
         return self.dense.matrix_flops / max(self.total.matrix_flops, 1)
+
+
+def matrix_work_ratio(
+    pair_share: NDArray[np.float64], head_dim: int, v_head_dim: int | None = None
+) -> NDArray[np.float64]:
+    """Dense matrix operations ÷ ours, where this share of pairs lies in skipped tiles.
+
+    Parameters
+    ----------
+    pair_share : float or array
+        Such as :attr:`sim.curve.Curve.pair_share`.
+    head_dim : int
+    v_head_dim : int, optional
+        Default ``head_dim``.
+
+    Returns
+    -------
+    ndarray, float64
+        1 … 1 + v_head_dim / head_dim.
+
+    Examples
+    --------
+    >>> float(matrix_work_ratio(0.5, 64))
+    1.3333333333333333
+    """
+    v_head_dim = head_dim if v_head_dim is None else v_head_dim
+    dense = head_dim + v_head_dim
+    return dense / (dense - v_head_dim * np.asarray(pair_share, np.float64))
 
 
 def ledger(

@@ -23,6 +23,8 @@ class Curve:
         Breakpoints in ascending order, natural-log units; the first is −inf.
     sparsity : ndarray, shape [n], float64
         Skipped ÷ visited tiles.
+    pair_share : ndarray, shape [n], float64
+        Share of visible (query, key) pairs that lie in skipped tiles: what P·V is spared.
     mean_dropped_mass, worst_dropped_mass : ndarray, shape [n], float64, or None
         True softmax probability that fell into skipped tiles: mean and maximum over rows.
         None unless scanned with ``mass=True``.
@@ -30,6 +32,7 @@ class Curve:
 
     gap: NDArray[np.float32]
     sparsity: NDArray[np.float64]
+    pair_share: NDArray[np.float64]
     mean_dropped_mass: NDArray[np.float64] | None
     worst_dropped_mass: NDArray[np.float64] | None
 
@@ -67,6 +70,7 @@ class Curve:
         return Curve(
             ln,
             self.sparsity[step],
+            self.pair_share[step],
             sample(self.mean_dropped_mass),
             sample(self.worst_dropped_mass),
         )
@@ -92,8 +96,12 @@ def curve_of(gap: NDArray[np.float32], grid: Grid, mass: NDArray[np.float32] | N
     breaks = np.concatenate([np.array([-np.inf], np.float32), flat[ranking]])
     visited = gap.shape[0] * int(grid.visited().sum())
     sparsity = np.arange(breaks.size) / max(visited, 1)
+    pairs = grid.pairs()
+    skipped_pairs = np.broadcast_to(pairs, gap.shape).ravel()[ranking].cumsum()
+    total_pairs = gap.shape[0] * int(pairs.sum())
+    pair_share = np.concatenate([[0.0], skipped_pairs / max(total_pairs, 1)])
     if mass is None:
-        return Curve(breaks, sparsity, None, None)
+        return Curve(breaks, sparsity, pair_share, None, None)
     tile_mass = np.empty(gap.shape)  # summed over the rows of the group
     worst = np.empty(gap.shape)  # what one row has lost once its group skips all up to this gap
     for h, i in np.ndindex(gap.shape[:2]):
@@ -106,6 +114,7 @@ def curve_of(gap: NDArray[np.float32], grid: Grid, mass: NDArray[np.float32] | N
     return Curve(
         breaks,
         sparsity,
+        pair_share,
         np.concatenate([[0.0], np.minimum(mean, 1)]),
         np.concatenate([[0.0], np.minimum(worst_so_far, 1)]),
     )

@@ -172,16 +172,21 @@ class Grid:
         """Key tiles of vote group ``i`` in the order in which it visits them."""
         return visit_order(order, int(self.visited()[i]), int(self.first_tile()[i]))
 
-    def visible_keys(self) -> NDArray[np.int64]:
+    def visible_keys(self, rows: slice = slice(None)) -> NDArray[np.int64]:
         """Keys each row sees in each tile.
+
+        Parameters
+        ----------
+        rows : slice
+            Which query rows; default all.
 
         Returns
         -------
-        ndarray, shape [lq, key_tiles], int64
+        ndarray, shape [rows, key_tiles], int64
         """
         start = np.arange(self.key_tiles) * self.keys
-        seen_before = np.clip(self.hidden()[:, None] - start, 0, self.keys)
-        return np.clip(self.visible()[:, None] - start, 0, self.keys) - seen_before
+        seen_before = np.clip(self.hidden()[rows, None] - start, 0, self.keys)
+        return np.clip(self.visible()[rows, None] - start, 0, self.keys) - seen_before
 
     def pairs(self) -> NDArray[np.int64]:
         """Visible (query, key) pairs of each tile.
@@ -190,7 +195,8 @@ class Grid:
         -------
         ndarray, shape [groups, key_tiles], int64
         """
-        return np.add.reduceat(self.visible_keys(), np.arange(0, self.lq, self.rows), axis=0)
+        groups = [self.visible_keys(self.group_rows(i)).sum(axis=0) for i in range(self.groups)]
+        return np.stack(groups)
 
 
 def visit_order(order: str, n: int, first: int = 0) -> NDArray[np.int64]:

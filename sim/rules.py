@@ -150,7 +150,7 @@ def walk(
     forced = forced or {}
     rows = scan.grid.group_rows(group)
     row_max, lse = scan.row_max[head, rows], scan.lse[head, rows].astype(np.float64)
-    tile_mass, n_keys = scan.mass[head, rows], scan.grid.visible_keys()[rows]
+    tile_mass, n_keys = scan.mass[head, rows], scan.grid.visible_keys(rows)
     m = np.full(row_max.shape[0], -np.inf, np.float32)
     l, u = np.zeros(m.shape), np.zeros(m.shape)
     for j in scan.grid.visit(scan.order, group).tolist():

@@ -431,7 +431,6 @@ def attend(
     output = np.zeros((heads, lq, v.shape[2]), dtype)
     lse, dropped, bound = (np.empty((heads, lq), dtype) for _ in range(3))
     share = heads // k.shape[0]
-    visible_keys = grid.visible_keys()
     with _reporter(progress) as report:
         for h in range(heads):
             if h % share == 0:
@@ -460,7 +459,7 @@ def attend(
                     dropped[h, rows] = np.where(
                         l_lost > 0, 1 / (1 + l / l_lost * np.exp(m - lost)), 0
                     )
-                    weight = visible_keys[rows, span].T * np.exp(tile_max - m)
+                    weight = grid.visible_keys(rows)[:, span].T * np.exp(tile_max - m)
                     u = BOUND_SAFETY * np.where(skipped & (tile_max > -np.inf), weight, 0).sum(
                         axis=0
                     )

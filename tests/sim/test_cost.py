@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from sim import workloads
-from sim.cost import ledger
+from sim.cost import ledger, matrix_work_ratio
 from sim.draw import PALETTE, tile_map_image
 from sim.geometry import Grid, TileMap
 from sim.skip_softmax import scan
@@ -49,6 +49,16 @@ def test_ratio_stays_below_two_however_much_is_skipped():
     ratio = ledger(tiles, 128).matrix_work_ratio
     assert 1.7 < ratio < 2
     assert ledger(scan(work.q, work.k).decide(0.0), 128).matrix_work_ratio == 1
+
+
+def test_ratio_from_the_curve_is_that_of_the_ledger():
+    work = workloads.sink(1024)
+    one = scan(work.q, work.k)
+    for lam in (0.001, 0.05, 1.0):
+        ratio = matrix_work_ratio(one.curve(2).at([lam]).pair_share[0], 64, 32)
+        tiles = one.heads([2]).decide(lam)
+        assert ratio == pytest.approx(ledger(tiles, 64, 32).matrix_work_ratio)
+        assert ratio > 1
 
 
 def test_picture_shows_each_state_in_its_colour():

@@ -191,6 +191,9 @@ def test_curve_is_what_deciding_at_every_threshold_gives(head):
         lost = sim.accuracy.dropped_mass(one.mass, tiles)[which]
         skipped = tiles.skipped[which].sum() / tiles.visited[which].sum()
         assert curve.sparsity[x] == pytest.approx(skipped)
+        pairs = np.broadcast_to(one.grid.pairs(), tiles.state.shape)[which]
+        share = pairs[tiles.skipped[which]].sum() / pairs.sum()
+        assert curve.pair_share[x] == pytest.approx(share)
         assert curve.mean_dropped_mass[x] == pytest.approx(lost.mean(), abs=1e-7)
         assert curve.worst_dropped_mass[x] == pytest.approx(lost.max(), abs=1e-7)
     with pytest.raises(ValueError, match="a curve ends at threshold 1"):

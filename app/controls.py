@@ -1,0 +1,259 @@
+"""Widgets of the tile map page and the callbacks that keep them in step with the map.
+
+Every widget is bound to the URL, so that a link reproduces the view.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import streamlit as st
+from numpy.typing import ArrayLike
+
+from app import sources
+from app.wording import code
+from sim.geometry import ORDERS, Grid
+from sim.threshold import from_scale_factor, to_scale_factor
+from sim.traces import TraceError
+
+MAP = "map"
+"""Key of the tile map component."""
+
+LENGTH_STEP = 512
+DEFAULT_THRESHOLD = 0.01
+DEFAULT_FACTOR = 40.0
+FIXED = ("λ", "scale factor")
+_OF_ONE_SOURCE = ("head", "length", "group", "key_tile", "row")
+
+
+def pick_source() -> sources.Source:
+    """Choose a trace; one that cannot be read is named in one sentence, and the next is shown."""
+    names = sources.names()
+    name = st.selectbox("Source", names, key="source", bind="query-params", on_change=_forget_place)
+    try:
+        return sources.load(name)
+    except (TraceError, OSError) as error:
+        st.error(f"{code(name)} was not opened: {code(str(error))}")
+        return sources.load(next(other for other in names if other != name))
+
+
+def upload() -> None:
+    """Offer to open a file; one that is no trace leaves the previous source on screen."""
+    st.file_uploader("Open a trace", type="safetensors", key="file", on_change=_upload)
+
+
+def say_fault() -> None:
+    """Say what was wrong with the file that was uploaded last, if anything."""
+    if fault := st.session_state.get("fault"):
+        st.error(fault)
+
+
+def _upload() -> None:
+    st.session_state["fault"] = None
+    file = st.session_state["file"]
+    if file is None:
+        return
+    try:
+        sources.keep_upload(file.getvalue())
+    except TraceError as error:
+        st.session_state["fault"] = f"This file was not opened: {code(str(error))}"
+    else:
+        st.session_state["source"] = sources.UPLOAD
+        _forget_place()
+
+
+def _forget_place() -> None:
+    for key in _OF_ONE_SOURCE:
+        st.session_state.pop(key, None)
+
+
+def pick_head(count: int) -> int:
+    """Choose a query head, 0 … count−1."""
+    _keep_within("head", range(count))
+    return st.selectbox("Head", range(count), key="head", bind="query-params", format_func=str)
+
+
+def pick_compare() -> bool:
+    """Choose whether two visit orders stand side by side."""
+    return st.toggle(
+        "Compare visit orders",
+        key="compare",
+        bind="query-params",
+        help="Two maps at the same λ: `ascending`, as NVIDIA’s kernels visit, and `ends_first`.",
+    )
+
+
+def pick_order() -> str:
+    """Choose a visit order."""
+    return st.selectbox(
+        "Visit order",
+        ORDERS,
+        index=ORDERS.index("ends_first"),
+        key="order",
+        bind="query-params",
+        help="Order in which a group of queries visits its key tiles. `ends_first`: the last tile, "
+        "the first, then the rest backwards. NVIDIA’s kernels visit in `ascending` order.",
+    )
+
+
+def pick_length(whole: int, croppable: bool) -> int:
+    """Choose how many tokens are looked at."""
+    lengths = [*range(LENGTH_STEP, whole, LENGTH_STEP), whole] if croppable else [whole]
+    if len(lengths) == 1:
+        return whole
+    _keep_within("length", lengths)
+    return st.select_slider(
+        "Context length, tokens",
+        lengths,
+        value=whole,
+        key="length",
+        bind="query-params",
+        format_func=lambda n: str(n),
+    )
+
+
+def pick_hold() -> str:
+    """Choose what stays fixed when the length changes."""
+    return st.segmented_control(
+        "Fixed when the length changes",
+        FIXED,
+        default=FIXED[0],
+        required=True,
+        key="hold",
+        bind="query-params",
+        on_change=_write_again,
+        help="TensorRT-LLM states a scale factor: λ = scale factor ÷ length.",
+    )
+
+
+def pick_threshold(hold: str, length: int) -> tuple[float, float]:
+    """Choose λ or the scale factor; the other one follows.
+
+    Returns
+    -------
+    threshold : float
+        λ as it was asked for: above 1 where a fixed scale factor exceeds the length.
+    factor : float
+    """
+    state = st.session_state
+    slots = st.container(), st.container()  # in this order, whichever is made first
+    if hold == FIXED[0]:
+        with slots[0]:
+            threshold = _threshold_input(bound=True)
+        factor = state["factor"] = _short(to_scale_factor(threshold, length))
+        with slots[1]:
+            _factor_input(bound=False, length=length)
+        return threshold, factor
+    with slots[1]:
+        factor = _factor_input(bound=True, length=length)
+    threshold = float(from_scale_factor(factor, length))
+    state["threshold"] = min(1.0, _short(threshold))
+    with slots[0]:
+        _threshold_input(bound=False, length=length)
+    return threshold, factor
+
+
+def _threshold_input(bound: bool, length: int = 1) -> float:
+    return st.number_input(
+        "Threshold λ",
+        0.0,
+        1.0,
+        DEFAULT_THRESHOLD,
+        step=0.01,
+        format="%.3g",
+        key="threshold",
+        bind="query-params" if bound else None,
+        on_change=None if bound else _threshold_edited,
+        args=(length,),
+        help="A tile is skipped if its gap is below ln λ. Larger skips more; 0 skips nothing.",
+    )
+
+
+def _factor_input(bound: bool, length: int) -> float:
+    return st.number_input(
+        "Scale factor",
+        0.0,
+        1e6,
+        DEFAULT_FACTOR,
+        step=10.0,
+        format="%.4g",
+        key="factor",
+        bind="query-params" if bound else None,
+        on_change=None if bound else _factor_edited,
+        args=(length,),
+        help="λ × length: what TensorRT-LLM calls `threshold_scale_factor`.",
+    )
+
+
+def _threshold_edited(length: int) -> None:
+    st.session_state["factor"] = _short(to_scale_factor(st.session_state["threshold"], length))
+
+
+def _factor_edited(length: int) -> None:
+    threshold = from_scale_factor(st.session_state["factor"], length)
+    st.session_state["threshold"] = min(1.0, _short(threshold))
+
+
+def _write_again() -> None:
+    """Make Streamlit put the value that is fixed from now on into the URL."""
+    name = "threshold" if st.session_state["hold"] == FIXED[0] else "factor"
+    st.session_state[name] = st.session_state[name]
+
+
+def pick_tile(grid: Grid) -> tuple[int, int]:
+    """Choose tile (i, j) by number, in two columns."""
+    _keep_within("group", range(grid.groups))
+    _keep_within("key_tile", range(grid.key_tiles))
+    left, right = st.columns(2, gap="large")
+    last = grid.groups - 1
+    i = left.number_input("Query group", 0, last, last, key="group", bind="query-params")
+    last = grid.key_tiles - 1
+    j = right.number_input("Key tile", 0, last, 0, key="key_tile", bind="query-params")
+    return i, j
+
+
+def pick_row(rows: int, deciding: int | None) -> int:
+    """Choose the query row whose attention is drawn as bars."""
+    _keep_within("row", range(rows))
+    left, right = st.columns(2, gap="large", vertical_alignment="bottom")
+    row = left.number_input("Query row", 0, rows - 1, rows - 1, key="row", bind="query-params")
+    right.button(
+        "Row that decides this tile",
+        disabled=deciding is None,
+        width="stretch",
+        on_click=lambda: st.session_state.update(row=deciding),
+    )
+    return row
+
+
+def threshold_moved(length: int) -> None:
+    """Take λ from the map's slider."""
+    threshold = st.session_state[MAP].threshold
+    if not isinstance(threshold, int | float) or not 0 <= threshold <= 1:
+        return
+    if st.session_state.get("hold") == FIXED[1]:
+        st.session_state["factor"] = _short(to_scale_factor(threshold, length))
+    else:
+        st.session_state["threshold"] = float(threshold)
+
+
+def head_chosen() -> None:
+    """Take the head from the map's thumbnails."""
+    st.session_state["head"] = st.session_state[MAP].head
+
+
+def tile_chosen() -> None:
+    """Take the tile that was clicked."""
+    cell = st.session_state[MAP].cell
+    st.session_state["group"], st.session_state["key_tile"] = int(cell["i"]), int(cell["j"])
+
+
+def _keep_within(key: str, allowed: range | list[int]) -> None:
+    """Move a remembered value into the range it has now: the source or the length has changed."""
+    value = st.session_state.get(key)
+    if value is not None and value not in allowed:
+        st.session_state[key] = min(max(value, allowed[0]), allowed[-1])
+
+
+def _short(x: ArrayLike) -> float:
+    """Round to four digits, so that URLs stay readable."""
+    return float(f"{float(np.asarray(x)):.4g}")

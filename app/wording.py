@@ -1,0 +1,118 @@
+"""Numbers and results in words; every sentence about a threshold is made here and only here."""
+
+from __future__ import annotations
+
+import math
+import re
+
+SUPERSCRIPT = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
+NBSP = "\N{NO-BREAK SPACE}"
+
+
+def plain_number(x: float) -> str:
+    """Write a number with three digits.
+
+    Examples
+    --------
+    >>> plain_number(0.01), plain_number(1.12e-5), plain_number(40.96)
+    ('0.01', '1.12 × 10⁻⁵', '41')
+    """
+    if x == 0 or 1e-3 <= x < 1000:
+        return f"{float(f'{x:.3g}'):g}"
+    if x >= 1000:
+        return f"{x:,.0f}"
+    power = math.floor(math.log10(x) + 1e-9)
+    mantissa = float(f"{x / 10**power:.3g}")
+    tens = f"10{str(power).translate(SUPERSCRIPT)}"
+    return tens if mantissa == 1 else f"{mantissa:g} × {tens}"
+
+
+def code(text: str) -> str:
+    """Quote text of unknown origin in Markdown, so that none of it is taken for markup.
+
+    Examples
+    --------
+    >>> code("**a** `b`")
+    '`` **a** `b` ``'
+    """
+    longest = max((len(run) for run in re.findall("`+", text)), default=0)
+    fence = "`" * (longest + 1)
+    return f"{fence} {' '.join(text.split())} {fence}"
+
+
+def percent(share: float) -> str:
+    """Write a share with as many digits as it deserves.
+
+    Examples
+    --------
+    >>> [percent(x).replace(NBSP, " ") for x in (0, 0.00001, 0.0123, 0.328, 1)]
+    ['0 %', '< 0.01 %', '1.2 %', '33 %', '100 %']
+    """
+    value = 100 * share
+    if value == 0:
+        text = "0"
+    elif value < 0.01:
+        text = f"<{NBSP}0.01"
+    elif value < 1:
+        text = f"{value:.2f}".rstrip("0")
+    elif value < 9.95:
+        text = f"{value:.1f}"
+    else:
+        text = f"{value:.0f}"
+    return f"{text}{NBSP}%"
+
+
+def headline(threshold: float, sparsity: float, worst: float | None, work_ratio: float) -> str:
+    """Say what a threshold skips, costs and saves; ``**`` marks what to stress.
+
+    Examples
+    --------
+    >>> headline(0.01, 0.328, None, 1.196).replace(NBSP, " ")
+    '**λ = 0.01**: **33 %** of tiles skipped; about **1.2×** less matrix work.'
+    """
+    if threshold == 0:
+        return "**λ off**: dense attention, no tile is skipped and nothing is lost."
+    parts = [f"**λ = {plain_number(threshold)}**: **{percent(sparsity)}** of tiles skipped"]
+    if worst is not None:
+        parts.append(f"the worst row loses at most **{percent(worst)}** of its attention")
+    return "; ".join([*parts, f"about **{work_ratio:.2g}×** less matrix work."])
+
+
+def short_context(factor: float, length: int) -> str:
+    """Say why a request shorter than its scale factor is computed densely."""
+    threshold = plain_number(factor / length)
+    return (
+        f"**λ = {plain_number(factor)} ÷ {length:,} = {threshold}** is above 1: a tile that "
+        "holds a row’s maximum could be skipped and the answer would be wrong, so this short "
+        "request is computed **without skipping**."
+    )
+
+
+def score(x: float) -> str:
+    """Write a score, a maximum or a gap.
+
+    Examples
+    --------
+    >>> score(-4.6052), score(float("inf"))
+    ('−4.61', '+∞')
+    """
+    if math.isinf(x):
+        return "+∞" if x > 0 else "−∞"
+    return f"{x:.2f}".replace("-", "−")
+
+
+def why(state: str, gap: float, ln: float) -> str:
+    """Say why a tile is in its state.
+
+    Examples
+    --------
+    >>> why("skipped", -6.5, -4.6052)
+    'its gap, −6.50, is below ln λ, −4.61'
+    """
+    if state == "masked":
+        return "no query of the group sees a key of it"
+    if gap == math.inf:
+        return "the first tile that a group visits is never skipped"
+    if ln == -math.inf:
+        return f"its gap is {score(gap)}, and with λ off nothing is skipped"
+    return f"its gap, {score(gap)}, is {'below' if gap < ln else 'not below'} ln λ, {score(ln)}"

@@ -1,0 +1,90 @@
+"""What the README says: links lead somewhere, and figures are those that its commands print."""
+
+import re
+import shlex
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from app.cli import main, scan_trace
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+TRACE = ROOT / "sim/data/smollm2-135m-layer12-kv0.safetensors"
+
+
+def test_every_relative_link_and_picture_exists():
+    links = [x for x in re.findall(r"\]\(([^)]+)\)", README) if "://" not in x]
+    assert len(links) >= 4
+    for link in links:
+        assert (ROOT / link).exists(), link
+
+
+def row(start):
+    (line,) = [x for x in README.splitlines() if x.startswith(f"| {start}")]
+    return line
+
+
+def scan(**settings):
+    report = scan_trace(TRACE, **settings)
+    work = report["work"]
+    done = {k: work["computed"][k] + work["skipped"][k] for k in work["dense"]}
+    report["matrix"] = done["qk_flops"] + done["pv_flops"]
+    report["dense"] = work["dense"]["qk_flops"] + work["dense"]["pv_flops"]
+    report["v_read"] = work["computed"]["v_bytes"] / work["dense"]["v_bytes"]
+    report["k_read"] = done["k_bytes"] / work["dense"]["k_bytes"]
+    return report
+
+
+def test_claims_about_loading_and_speed():
+    at_001 = scan(threshold=0.01)
+    assert at_001["k_read"] == 1
+    assert f"{at_001['v_read']:.1%}".replace("%", " %") in row("A skipped tile is never loaded")
+    half = scan(target_sparsity=0.5)
+    assert f"{half['dense'] / half['matrix']:.2f}×" in row("Skipping half the tiles")
+    short = scan(threshold=0.01, length=2048)
+    growth = at_001["matrix"] / short["matrix"], at_001["dense"] / short["dense"]
+    assert f"grows {growth[0]:.1f}×, dense {growth[1]:.1f}×" in row("It makes attention linear")
+
+
+def test_claims_about_the_threshold():
+    for lam in (0.001, 0.01, 0.05):
+        share = f"{scan(threshold=lam)['sparsity']:.1%}".replace("%", " %")
+        assert share in row("A higher threshold is safer")
+    factor = scan(threshold_scale_factor=600)
+    assert f"λ = {factor['threshold']:.4g} " in row("`threshold_scale_factor` is")
+    assert scan(threshold_scale_factor=600, length=512)["sparsity"] == 0
+    loss = scan(threshold=0.05, mass=True)
+    line = row("The mean error tells")
+    assert f"{loss['mean_dropped_mass']:.1%}".replace("%", " %") in line
+    assert f"{loss['worst_dropped_mass']:.1%}".replace("%", " %") in line
+
+
+@pytest.mark.parametrize("lam", [0.001, 0.01, 0.05])
+def test_table_of_visit_orders(lam):
+    lines = [x for x in README.splitlines() if x.startswith(f"| {lam} |")]
+    orders = ("ascending", "descending", "ends_first")
+    ours = [scan(threshold=lam, order=order)["sparsity"] for order in orders]
+    survey = np.genfromtxt(ROOT / "sim/data/survey.csv", delimiter=",", names=True, deletechars="")
+    model = [survey[f"{order}@{lam}"].mean() for order in orders]
+    for line, shares in zip(lines, (ours, model), strict=True):
+        assert re.findall(r"([\d.]+) %", line) == [f"{100 * share:.1f}" for share in shares]
+        assert shares[2] > shares[0]
+
+
+def test_every_scan_command_runs(capsys, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    commands = set(re.findall(r"`skip-softmax (scan T [^`]+)`", README))
+    assert len(commands) >= 5
+    for command in commands:
+        words = [str(TRACE) if word == "T" else word for word in shlex.split(command)]
+        assert main(words) == 0
+        assert "all heads" in capsys.readouterr().out
+
+
+def test_the_python_example_runs(monkeypatch, capsys):
+    monkeypatch.chdir(ROOT)
+    (code,) = re.findall(r"```python\n(.*?)```", README, re.S)
+    exec(compile(code, "README.md", "exec"), {})
+    assert "0.60" in capsys.readouterr().out
