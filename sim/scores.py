@@ -13,8 +13,8 @@ from numpy.typing import NDArray
 
 from sim.geometry import Grid
 
-STRIP_ROWS = 256
-STRIP_KEYS = 2048  # 2 MB of float32 scores
+STRIP_ROWS = 512
+STRIP_KEYS = 1024  # 2 MB of float32 scores
 
 
 def check_qk(q: NDArray, k: NDArray) -> None:
