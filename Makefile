@@ -41,6 +41,11 @@ $(VENV)/.installed-test: $(VENV)/.installed-app
 	@$(call install,.[test])
 	@touch $@
 
+# To assemble kernels with no GPU (Linux and Windows): `make .venv/.installed-assemble`.
+$(VENV)/.installed-assemble: $(VENV)/.installed-app
+	@$(call install,.[assemble])
+	@touch $@
+
 # A name on PATH may only print where to get that Python (pyenv does so): run it before believing.
 define make_venv
 rm -rf $(VENV); \

@@ -51,7 +51,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return INTERRUPTED
     except OSError as error:
         fault = f"{error.filename}: {error.strerror}" if error.filename else str(error)
-    except ValueError as error:
+    except (ValueError, RuntimeError) as error:
         fault = str(error)
     print(f"skip-softmax: {fault}", file=sys.stderr)
     return 2
@@ -276,8 +276,38 @@ def _parser() -> argparse.ArgumentParser:
     scan.add_argument("--json", action="store_true", help="print JSON")
     scan.set_defaults(run=_scan)
 
+    kernels = commands.add_parser("kernels", help="registers and spills of every kernel")
+    kernels.description = (
+        "Assemble every kernel configuration for every architecture; no GPU needed."
+    )
+    kernels.add_argument("--arch", action="append", help="only this one, such as sm_90a")
+    kernels.add_argument("--json", action="store_true", help="print JSON")
+    kernels.set_defaults(run=_kernels)
+
+    bench = commands.add_parser("bench", help="time kernels on this machine's GPU")
+    bench.add_argument("what", choices=["prefill"])
+    bench.add_argument("--quick", action="store_true", help="16K tokens only, about a minute")
+    bench.add_argument("--json", action="store_true", help="print JSON")
+    bench.set_defaults(run=_bench)
+
     commands.add_parser("lesson", help="list, open and check the lessons (lesson --help)")
     return parser
+
+
+def _kernels(options: argparse.Namespace) -> int:
+    from cuda_kernels.resources import format_table, resource_table
+
+    rows = resource_table(architectures=options.arch)
+    print(json.dumps(rows, indent=2) if options.json else format_table(rows))
+    return 1 if any(row["faults"] for row in rows) else 0
+
+
+def _bench(options: argparse.Namespace) -> int:
+    from cuda_kernels.benchmark import bench_prefill, table
+
+    record = bench_prefill(quick=options.quick, progress=sys.stderr.isatty())
+    print(json.dumps(record, indent=2) if options.json else table(record))
+    return 0
 
 
 def _lesson(arguments: list[str]) -> int:

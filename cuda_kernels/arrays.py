@@ -85,6 +85,15 @@ def as_float32(array: Any) -> Any:
     return module.ascontiguousarray(array, dtype=module.float32)
 
 
+def as_bits(array: Any) -> Any:
+    """Give a view of 16-bit floats as int16, in its own library: bfloat16 has no other name."""
+    if library_of(array) == "torch":
+        import torch
+
+        return array.detach().view(torch.int16)
+    return array.view("int16")
+
+
 def full(like: Any, shape: tuple[int, ...], value: float, dtype: str = "float32") -> Any:
     """Allocate an array in the library and on the device of another."""
     if library_of(like) == "torch":
@@ -92,6 +101,13 @@ def full(like: Any, shape: tuple[int, ...], value: float, dtype: str = "float32"
 
         return torch.full(shape, value, dtype=getattr(torch, dtype), device=like.device)
     return _module(like).full(shape, value, dtype=dtype)
+
+
+def empty_like(like: Any, shape: tuple[int, ...]) -> Any:
+    """Allocate an array in the library, dtype and device of another."""
+    if library_of(like) == "torch":
+        return like.new_empty(shape)
+    return _module(like).empty(shape, dtype=like.dtype)
 
 
 def cast(array: Any, like: Any) -> Any:

@@ -12,7 +12,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from cuda_kernels import arrays
 from cuda_kernels.backends import choose, detect
-from sim.geometry import Grid, TileMap, check_order
+from sim.geometry import ORDERS, Grid, TileMap, check_order
 from sim.scores import check_scale
 from sim.threshold import ln_threshold, resolve
 
@@ -28,7 +28,7 @@ class SkipReport:
     ----------
     state : array, shape [B, Hq, groups, key_tiles], uint8
         0 masked, 1 computed, 2 skipped.
-    gap : array, shape [B, Hq, groups, key_tiles], float32
+    gap : array, shape [B, Hq, groups, key_tiles], float32, or None
         Natural-log units; +inf for the first visited tile, −inf where masked.
     lse : array, shape [B, Hq, Lq], float32
         Natural log, over kept keys only.
@@ -75,7 +75,9 @@ def skip_softmax_attention(
     softmax_scale: float | None = None,
     out: Any = None,
     return_report: bool = False,
+    gap: bool = False,
     backend: str | None = None,
+    emulate: bool = False,
     cu_seqlens_q: Any = None,
     cu_seqlens_k: Any = None,
     page_table: Any = None,
@@ -108,8 +110,14 @@ def skip_softmax_attention(
         Written to and returned.
     return_report : bool
         Also return a :class:`SkipReport`.
-    backend : {"simt", "reference"}, optional
-        Default: the best kernel for this GPU.  ``reference`` is the simulator, on the CPU.
+    gap : bool
+        Fill ``report.gap``: of the tensor-core kernel that is a build of its own, a little
+        slower.  The other back ends always fill it.
+    backend : {"mma", "simt", "reference"}, optional
+        Default: the best kernel for this GPU that takes these arguments; the report names it.
+        ``reference`` is the simulator, on the CPU.
+    emulate : bool
+        Run the tensor-core kernel's own source on the CPU, thread by thread: seconds per tile.
     cu_seqlens_q, cu_seqlens_k, page_table, sink_logits : None
         Not built yet; refused by name.
 
@@ -161,16 +169,115 @@ def skip_softmax_attention(
     lam = _per_head(
         resolve(threshold, threshold_scale_factor, grid.lk, short_context), batch, heads
     )
-    device = detect()
-    chosen = choose(backend, device)
-    _check_device(q, chosen, device.kind)
-    run = _run_reference if chosen == "reference" else _run_simt
-    result, report = run(q, k, v, scale, lam, grid, order)
+    misfit = _why_not_mma(q, v, grid)
+    if emulate:
+        if backend not in (None, "mma"):
+            raise ValueError(f"emulate=True runs the mma kernel, not {backend!r}")
+        chosen = "mma"
+    else:
+        device = detect()
+        chosen = choose(backend, device, mma_fits=misfit is None)
+        _check_device(q, chosen, device.kind)
+    if chosen == "mma":
+        if misfit is not None:
+            raise ValueError(f"the mma kernel {misfit}")
+        result = arrays.empty_like(q, out_shape) if out is None or emulate else out
+        run = _emulate_mma if emulate else _run_mma
+        report = run(q, k, v, result, scale, lam, grid, order, gap)
+    else:
+        run_whole = _run_reference if chosen == "reference" else _run_simt
+        result, report = run_whole(q, k, v, scale, lam, grid, order)
     if out is None:
         out = arrays.cast(result, q)
-    else:
+    elif out is not result:
         out[...] = arrays.cast(result, out)
     return (out, report) if return_report else out
+
+
+def _why_not_mma(q: Any, v: Any, grid: Grid) -> str | None:
+    """Say what of these arguments the tensor-core kernel does not take; None if it takes them."""
+    if arrays.dtype_name(q) == "float32":
+        return "takes float16 and bfloat16, got float32"
+    if grid.tile != (64, 128):
+        return f"decides on tiles of 64 × 128, got {grid.tile[0]} × {grid.tile[1]}"
+    if q.shape[3] not in (64, 128) or v.shape[3] != q.shape[3]:
+        return f"takes head_dim 64 and 128 for q, k and v, got {q.shape[3]} and {v.shape[3]}"
+    return None
+
+
+def _mma_kernel(q: Any, v: Any, lam: NDArray[np.float64], gap: bool) -> tuple[Any, int]:
+    """Build the kernel for these arguments: dense where nothing can be skipped."""
+    from cuda_kernels.prefill_mma import make_kernel, shared_bytes
+
+    dtype = {"float16": 0, "bfloat16": 1}[arrays.dtype_name(q)]
+    kernel = make_kernel(q.shape[3], v.shape[3], dtype, bool((lam > 0).any()), gap)
+    return kernel, shared_bytes(q.shape[3], v.shape[3])
+
+
+def _mma_results(
+    q: Any, grid: Grid, lam: NDArray[np.float64], order: str, gap: bool, backend: str
+) -> tuple[Any, ...]:
+    """Allocate what the kernel fills besides the output: ln λ, lse, bound, state, gaps."""
+    batch, lq, heads, _ = q.shape
+    map_shape = (batch, heads, grid.groups, grid.key_tiles)
+    lse, bound = (arrays.full(q, (batch, heads, lq), np.nan) for _ in range(2))
+    state = arrays.full(q, map_shape, 0, "uint8")
+    gaps = arrays.full(q, map_shape if gap else (1, 1, 1, 1), -np.inf)
+    report = SkipReport(state, gaps if gap else None, lse, bound, grid, order, lam, backend)
+    return (arrays.from_numpy(ln_threshold(lam), q), lse, bound, state, gaps), report
+
+
+def _run_mma(
+    q: Any, k: Any, v: Any, out: Any, scale: float, lam: NDArray[np.float64], grid: Grid,
+    order: str, gap: bool,
+) -> SkipReport:  # fmt: skip
+    from numba import cuda
+
+    from cuda_kernels.loading import launch, load
+    from cuda_kernels.prefill_mma import NO_WINDOW, SIGNATURE, THREADS
+
+    kernel, shared_bytes = _mma_kernel(q, v, lam, gap)
+    results, report = _mma_results(q, grid, lam, order, gap, "mma")
+    compiled = load(kernel, SIGNATURE, shared_bytes, cuda.get_current_device().id)
+    launch(
+        kernel,
+        compiled,
+        (grid.groups, q.shape[2], q.shape[0]),
+        THREADS,
+        arrays.current_stream(q),
+        shared_bytes,
+        *(arrays.as_bits(x) for x in (q, k, v, out)),
+        *results,
+        np.float32(scale),
+        grid.causal,
+        np.int32(NO_WINDOW),
+        np.int32(ORDERS.index(order)),
+    )
+    return report
+
+
+def _emulate_mma(
+    q: Any, k: Any, v: Any, out: Any, scale: float, lam: NDArray[np.float64], grid: Grid,
+    order: str, gap: bool,
+) -> SkipReport:  # fmt: skip
+    from cuda_kernels.emulator import emulate
+    from cuda_kernels.prefill_mma import NO_WINDOW, THREADS
+
+    kernel, shared_bytes = _mma_kernel(q, v, lam, gap)
+    results, report = _mma_results(q, grid, lam, order, gap, "mma, emulated")
+    emulate(
+        kernel,
+        (grid.groups, q.shape[2], q.shape[0]),
+        THREADS,
+        *(_bare(arrays.as_bits(x)) for x in (q, k, v, out)),
+        *(_bare(x) for x in results),
+        np.float32(scale),
+        grid.causal,
+        NO_WINDOW,
+        ORDERS.index(order),
+        shared_bytes=shared_bytes,
+    )
+    return report
 
 
 def _run_simt(
@@ -179,7 +286,7 @@ def _run_simt(
     from numba import config, cuda
     from numba.core.errors import NumbaPerformanceWarning
 
-    from cuda_kernels.prefill_simt import CHUNK, ORDER_CODES, make_kernel
+    from cuda_kernels.prefill_simt import CHUNK, make_kernel
 
     if grid.keys % CHUNK or grid.rows > 1024:
         raise ValueError(
@@ -204,7 +311,7 @@ def _run_simt(
             np.float32(scale),
             _bare(ln_lam),
             grid.causal,
-            ORDER_CODES[order],
+            ORDERS.index(order),
             *(_bare(x) for x in (out, lse, bound, state, gap)),
         )
     return out, SkipReport(state, gap, lse, bound, grid, order, lam, "simt")

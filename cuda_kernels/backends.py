@@ -8,10 +8,14 @@ OLDEST = (7, 5)
 """Compute capability of Turing, the oldest that CUDA 13 compiles for."""
 
 BACKENDS = {
+    "mma": "tensor-core kernel of mma.sync: Ampere and later, and the emulator",
     "simt": "teaching kernel in plain Numba CUDA: any GPU, or Numba's CUDA simulator",
     "reference": "the simulator's NumPy on the CPU",
 }
 """Every back end and what it is.  ``reference`` is never chosen unless asked for."""
+
+TENSOR_CORES = (8, 0)
+"""Compute capability of Ampere, the first with ``cp.async`` and bfloat16."""
 
 
 @dataclass(frozen=True)
@@ -66,14 +70,16 @@ def detect() -> Device:
     return Device("gpu", "", name, capability)
 
 
-def choose(backend: str | None, device: Device) -> str:
+def choose(backend: str | None, device: Device, *, mma_fits: bool = False) -> str:
     """Name the back end that runs.
 
     Parameters
     ----------
     backend : str or None
-        What the caller asked for; None lets the machine decide between kernels.
+        What the caller asked for; None lets GPU and arguments decide between kernels.
     device : Device
+    mma_fits : bool
+        Whether the tensor-core kernel takes these arguments.
 
     Returns
     -------
@@ -93,9 +99,18 @@ def choose(backend: str | None, device: Device) -> str:
     """
     if backend is not None and backend not in BACKENDS:
         raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
-    if backend != "reference" and not device.runs_kernels:
+    if backend == "reference":
+        return backend
+    if not device.runs_kernels:
         raise RuntimeError(
             f"no kernel can run here: {device.reason}; set NUMBA_ENABLE_CUDASIM=1 before Python "
-            'starts to run the teaching kernel on the CPU, or pass backend="reference"'
+            "starts to run the teaching kernel on the CPU, pass emulate=True to run the "
+            'tensor-core kernel there, or backend="reference" for the simulator'
         )
-    return backend or "simt"
+    tensor_cores = device.kind == "gpu" and (device.compute_capability or (0, 0)) >= TENSOR_CORES
+    if backend == "mma" and not tensor_cores:
+        raise RuntimeError(
+            f"the mma kernel cannot run on {device.name}: it needs compute capability 8.0 or "
+            "later; emulate=True runs it on the CPU"
+        )
+    return backend or ("mma" if tensor_cores and mma_fits else "simt")

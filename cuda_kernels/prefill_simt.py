@@ -15,7 +15,6 @@ from typing import Any
 from numba import cuda, float32, int32
 
 CHUNK = 16  # keys (or values) in shared memory at a time
-ORDER_CODES = {"ascending": 0, "descending": 1, "ends_first": 2}
 
 
 @lru_cache(maxsize=32)
@@ -44,7 +43,7 @@ def make_kernel(rows: int, keys: int, head_dim: int, v_head_dim: int) -> Any:
         scale,  # softmax scale
         ln_lam,  # [B, Hq] float32: ln λ
         causal,
-        order,  # a value of ORDER_CODES
+        order,  # index in sim.geometry.ORDERS
         out,  # [B, Lq, Hq, Dv] float32, result
         lse,  # [B, Hq, Lq] float32, result
         bound,  # [B, Hq, Lq] float32, result: u / (l + u)

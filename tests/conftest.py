@@ -34,7 +34,16 @@ def _why_no_browser() -> str | None:
     return None
 
 
-REQUIREMENTS: dict[str, Callable[[], str | None]] = {"browser": _why_no_browser}
+def _why_no_assembler() -> str | None:
+    from cuda_kernels.launch import why_not_assemble
+
+    return why_not_assemble()
+
+
+REQUIREMENTS: dict[str, Callable[[], str | None]] = {
+    "browser": _why_no_browser,
+    "assembler": _why_no_assembler,
+}
 """Marker → why its tests cannot run here, or None where they can."""
 
 

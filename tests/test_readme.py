@@ -88,3 +88,22 @@ def test_the_python_example_runs(monkeypatch, capsys):
     (code,) = re.findall(r"```python\n(.*?)```", README, re.S)
     exec(compile(code, "README.md", "exec"), {})
     assert "0.60" in capsys.readouterr().out
+
+
+def test_kernel_figures_are_those_of_the_recorded_run():
+    import json
+
+    (path,) = re.findall(r"\((cuda_kernels/results/prefill-[^)]+\.json)\)", README)
+    rows = json.loads((ROOT / path).read_text())["rows"]
+
+    def ratio(kernel, workload):
+        wanted = (kernel, workload, 128, False)
+        keys = ("kernel", "workload", "head_dim", "causal")
+        (row,) = [row for row in rows if tuple(row[key] for key in keys) == wanted]
+        return row["ratio"]
+
+    assert f"dense {ratio('dense', 'random'):.2f} × FlashAttention-2" in README
+    gains = " / ".join(f"{ratio('skip', f'columns {s}'):.2f}" for s in (0.5, 0.75, 0.9))
+    assert f"it gains {gains} ×" in README
+    losses = [1 - row["ratio"] for row in rows if row["kernel"] == "nothing skipped"]
+    assert 0.005 < min(losses) < max(losses) < 0.045

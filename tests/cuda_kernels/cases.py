@@ -38,11 +38,17 @@ class Case:
         q = self.scale * rng.standard_normal((self.batch, self.lq, self.hq, self.d))
         k = rng.standard_normal((self.batch, self.lk, self.hkv, self.d))
         v = rng.standard_normal((self.batch, self.lk, self.hkv, self.dv))
-        runs = rng.random((self.batch, -(-self.lk // 16), self.hkv)) < 0.6
+        keys, strength = self.tile[1], (self.d / 16) ** 0.5
+        faint = np.arange(self.lk) // keys % 3 == 1  # every third tile can be skipped
         q[..., 0] = 3 * self.scale
-        k[..., 0] = -6.0 * runs.repeat(16, axis=1)[:, : self.lk]
-        k[:, :2, :, 0] = 4
+        k[..., 0] = -6 * strength * faint[:, None]
+        k[:, :2, :, 0] = 4 * strength
         return tuple(x.astype(self.dtype) for x in (q, k, v))
+
+    def bfloat16_tensors(self):
+        """Such tensors with bfloat16 values, as float32."""
+        bits = [x.astype(np.float32).view(np.uint32) & 0xFFFF0000 for x in self.tensors()]
+        return tuple(x.astype(np.uint32).view(np.float32) for x in bits)
 
 
 def crop_of_a_real_head(case):
@@ -74,4 +80,19 @@ CASES = [
     Case("nothing skipped", threshold=0.0, lq=17, lk=17),
     Case("lambda one", threshold=1.0),
     Case("real head", source="real", lq=32, lk=96, d=64, dv=64, tile=(16, 16)),
+]
+
+GRID = {"tile": (64, 128), "d": 64, "dv": 64}
+MMA_CASES = [  # small enough for the emulator: a tile takes about a third of a second
+    Case("skips", lq=64, lk=600, threshold=0.5, **GRID),
+    Case("skips ascending", lq=64, lk=640, order="ascending", threshold=0.5, **GRID),
+    Case("square with tails", lq=150, lk=150, **GRID),
+    Case("one row", lq=1, lk=200, **GRID),
+    Case("one key", lq=66, lk=1, **GRID),
+    Case("more queries than keys", lq=140, lk=70, **GRID),
+    Case("full mask, descending", lq=65, lk=129, causal=False, order="descending", **GRID),
+    Case("groups and batch", batch=2, hq=2, lq=64, lk=128, **GRID),
+    Case("wide heads", lq=64, lk=300, tile=(64, 128), d=128, dv=128, threshold=0.2),
+    Case("huge scores", lq=64, lk=256, scale=40.0, **GRID),
+    Case("dense build", lq=64, lk=200, threshold=0.0, **GRID),
 ]

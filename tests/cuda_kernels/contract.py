@@ -14,8 +14,17 @@ def heads_first(array):
     return np.ascontiguousarray(np.moveaxis(array, 1, 0))
 
 
-def low_precision(q, k, v, tiles, scale):
-    """Attention of one request with weights rounded to v's dtype: an independent rough one."""
+def rounded(x, dtype):
+    """Round float32 to a dtype by name, and back."""
+    if dtype != "bfloat16":
+        return x.astype(dtype).astype(np.float32)
+    bits = np.ascontiguousarray(x, np.float32).view(np.uint32)
+    bits = bits + 0x7FFF + (bits >> 16 & 1) & 0xFFFF0000
+    return bits.astype(np.uint32).view(np.float32)
+
+
+def low_precision(q, k, v, tiles, scale, dtype):
+    """Attention of one request with weights and output rounded to ``dtype``: a rough one."""
     out = np.zeros((q.shape[0], q.shape[1], v.shape[2]), np.float32)
     for h in range(q.shape[0]):
         kv = h // (q.shape[0] // k.shape[0])
@@ -26,10 +35,10 @@ def low_precision(q, k, v, tiles, scale):
         s[~(seen & kept)] = -np.inf
         m = s.max(axis=1, keepdims=True)
         p = np.exp(s - np.where(np.isfinite(m), m, 0))
-        weights = p.astype(v.dtype).astype(np.float32)
+        weights = rounded(p, dtype)
         l = np.maximum(p.sum(axis=1, keepdims=True), np.finfo(np.float32).tiny)
         out[h] = weights @ v[kv].astype(np.float32) / l
-    return out.astype(v.dtype)
+    return rounded(out, dtype)
 
 
 def check(case, tensors, out, report_state, gap, lse, bound):
@@ -61,7 +70,7 @@ def check(case, tensors, out, report_state, gap, lse, bound):
 
         # 2. output against float64 over exactly the keys that this kernel kept
         exact = attention(q1, k1, v1, causal=case.causal, tiles=own)
-        rough = low_precision(q1, k1, v1, own, q.shape[3] ** -0.5)
+        rough = low_precision(q1, k1, v1, own, q.shape[3] ** -0.5, case.dtype)
         error = np.abs(heads_first(out[b]) - exact.output).max()
         allowed = 2 * np.abs(rough - exact.output).max() + ulp * np.abs(v1).max()
         assert error <= allowed, f"output is off by {error:.3g}, allowed {allowed:.3g}"

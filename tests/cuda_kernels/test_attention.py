@@ -110,7 +110,13 @@ WIDE = np.zeros((2, 40, 4, 32), np.float16)
         ({"softmax_scale": -1.0}, ValueError, "softmax_scale must be finite and above 0"),
         ({"out": np.zeros((1, 2))}, ValueError, "out must be a numpy array of shape"),
         ({"out": np.zeros(Q.shape)}, ValueError, "out must share dtype and device with q"),
-        ({"backend": "magic"}, ValueError, "backend must be one of simt, reference, got 'magic'"),
+        (
+            {"backend": "magic"},
+            ValueError,
+            "backend must be one of mma, simt, reference, got 'magic'",
+        ),
+        ({"backend": "simt", "emulate": True}, ValueError, "emulate=True runs the mma kernel"),
+        ({"backend": None, "emulate": True}, ValueError, "the mma kernel decides on tiles of 64"),
         ({"cu_seqlens_q": [0]}, ValueError, "cu_seqlens_q is not supported yet"),
         ({"cu_seqlens_k": [0]}, ValueError, "cu_seqlens_k is not supported yet"),
         ({"page_table": [0]}, ValueError, "page_table is not supported yet"),
@@ -156,8 +162,14 @@ def test_a_cpu_tensor_is_not_sent_to_the_gpu_unasked(monkeypatch):
 
 
 def test_choice_of_back_end():
-    gpu, old = Device("gpu"), Device("too old", "GTX 980 is too old: compute capability 5.2 …")
-    assert backends.choose(None, gpu) == "simt"
+    old = Device("too old", "GTX 980 is too old: compute capability 5.2 …")
+    turing, hopper = (Device("gpu", "", "Card", x) for x in ((7, 5), (9, 0)))
+    assert backends.choose(None, hopper, mma_fits=True) == "mma"
+    assert backends.choose(None, hopper, mma_fits=False) == "simt"
+    assert backends.choose("simt", hopper, mma_fits=True) == "simt"
+    assert backends.choose(None, turing, mma_fits=True) == "simt"
+    with pytest.raises(RuntimeError, match=r"cannot run on Card: it needs compute capability 8\.0"):
+        backends.choose("mma", turing, mma_fits=True)
     assert backends.choose("reference", old) == "reference"
     with pytest.raises(RuntimeError, match="GTX 980 is too old"):
         backends.choose("simt", old)

@@ -1,0 +1,197 @@
+"""From a kernel to machine code, and what that code costs; needs an assembler, not a GPU.
+
+:func:`assemble` takes Numba's own way (NVVM, link-time optimisation, nvJitLink) to a cubin for any
+architecture and reads registers, stack, spills and instructions out of it.
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import tempfile
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+ARCHITECTURES = ("sm_80", "sm_86", "sm_89", "sm_90a", "sm_100a", "sm_120a")
+"""What every kernel that claims Ampere and later is assembled for."""
+
+
+@dataclass(frozen=True)
+class Resources:
+    """What the machine code of one kernel for one architecture takes.
+
+    Attributes
+    ----------
+    registers : int
+        Per thread.
+    stack, spill_stores, spill_loads : int
+        Bytes per thread.
+    shared_bytes : int
+        Static shared memory of a block.
+    opcodes : dict
+        SASS instructions by opcode, with their modifiers: ``HMMA.16816.F32.BF16`` → how many.
+    messages : list of str
+        What the assembler said, its resource report left out.
+    """
+
+    kernel: str
+    arch: str
+    registers: int
+    stack: int
+    spill_stores: int
+    spill_loads: int
+    shared_bytes: int
+    opcodes: dict[str, int] = field(repr=False)
+    messages: list[str]
+
+    def count(self, opcode: str) -> int:
+        """Count instructions of one opcode, whatever its modifiers, such as ``HMMA``."""
+        return sum(
+            number
+            for name, number in self.opcodes.items()
+            if name == opcode or name.startswith(f"{opcode}.")
+        )
+
+    def faults(self) -> list[str]:
+        """List what makes this a failed build: a stack frame, a spill, a message C75xx."""
+        found = []
+        if self.stack:
+            found.append(f"a stack frame of {self.stack} bytes")
+        if self.spill_stores or self.spill_loads:
+            found.append(f"spills: {self.spill_stores} bytes out, {self.spill_loads} bytes in")
+        found += [message for message in self.messages if re.search(r"\bC75\d\d\b", message)]
+        return found
+
+
+@dataclass(frozen=True)
+class Assembled(Resources):
+    """A kernel's machine code, and what it takes."""
+
+    cubin: bytes = field(repr=False)
+
+
+def why_not_assemble() -> str | None:
+    """Return why :func:`assemble` cannot run here, or None where it can.
+
+    Examples
+    --------
+    >>> reason = why_not_assemble()
+    >>> reason is None or "assemble" in reason
+    True
+    """
+    from cuda_kernels.ptx.compiler import COMPILES
+
+    if not COMPILES:
+        return "numba-cuda is not installed, or is told to simulate: nothing can be assembled"
+    from cuda.pathfinder import DynamicLibNotFoundError, load_nvidia_dynamic_lib
+
+    try:
+        for name in ("nvvm", "nvJitLink"):
+            load_nvidia_dynamic_lib(name)
+        for name in ("cuobjdump", "nvdisasm"):
+            _tool(name)
+    except (DynamicLibNotFoundError, RuntimeError):
+        return f"no assembler: {name} is missing; install the extra `assemble`"
+    return None
+
+
+def assemble(kernel: Any, signature: Any, arch: str) -> Assembled:
+    """Compile a kernel for an architecture and read the machine code.
+
+    Parameters
+    ----------
+    kernel : ``@cuda.jit`` kernel
+        Its options (``launch_bounds``, ``fastmath``, ``max_registers``) are kept.
+    signature : str or Numba signature
+        Types of the arguments, such as ``"void(uint16[:,:,:,::1], float32)"``.
+    arch : str
+        Such as ``sm_80`` or ``sm_90a``.
+
+    Returns
+    -------
+    Assembled
+
+    Raises
+    ------
+    ValueError
+        If ``arch`` is no architecture.
+    cuda_kernels.ptx.instruction.WrongUse
+        If an instruction is called as it cannot be.
+    """
+    from cuda.core import Linker, LinkerOptions, ObjectCode
+    from numba.cuda.compiler import _compile_pyfunc_with_fixup  # type: ignore[attr-defined]
+
+    capability = _capability(arch)
+    options = kernel.targetoptions
+    library, _ = _compile_pyfunc_with_fixup(
+        kernel.py_func,
+        signature,
+        device=False,
+        abi="numba",
+        cc=capability,
+        fastmath=options.get("fastmath", False),
+        launch_bounds=options.get("launch_bounds"),
+    )
+    linker = Linker(
+        ObjectCode.from_ltoir(library.get_ltoir(cc=capability)),
+        options=LinkerOptions(
+            arch=arch,
+            link_time_optimization=True,
+            max_register_count=options.get("max_registers"),
+            ptxas_options=["-v"],
+        ),
+    )
+    cubin = bytes(linker.link("cubin").code)
+    log = f"{linker.get_info_log()}\n{linker.get_error_log()}"
+    linker.close()
+    return _read(kernel.py_func.__name__, arch, cubin, log)
+
+
+def _capability(arch: str) -> tuple[Any, ...]:
+    match = re.fullmatch(r"sm_(\d+)(\d)([af]?)", arch)
+    if not match:
+        raise ValueError(f"arch must look like sm_80 or sm_90a, got {arch!r}")
+    major, minor, feature = match.groups()
+    return (int(major), int(minor), feature) if feature else (int(major), int(minor))
+
+
+def _read(kernel: str, arch: str, cubin: bytes, log: str) -> Assembled:
+    with tempfile.TemporaryDirectory() as directory:
+        path = Path(directory) / "kernel.cubin"
+        path.write_bytes(cubin)
+        usage = _run("cuobjdump", "--dump-resource-usage", path)
+        sass = _run("nvdisasm", "--print-code", path)
+    resources = dict(re.findall(r"\b(REG|STACK|SHARED|LOCAL):(\d+)", usage))
+    spills = re.search(r"(\d+) bytes spill stores, (\d+) bytes spill loads", log)
+    if not resources or spills is None:
+        raise RuntimeError(f"the assembler's report of {kernel} for {arch} has another form")
+    opcodes = Counter(re.findall(r"/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)", sass))
+    return Assembled(
+        kernel=kernel,
+        arch=arch,
+        cubin=cubin,
+        registers=int(resources["REG"]),
+        stack=int(resources["STACK"]),
+        spill_stores=int(spills[1]),
+        spill_loads=int(spills[2]),
+        shared_bytes=int(resources["SHARED"]),
+        opcodes=dict(opcodes),
+        messages=[line for line in log.splitlines() if re.search(r"C\d{4}|warning|error", line)],
+    )
+
+
+def _tool(name: str) -> str:
+    from cuda.pathfinder import find_nvidia_binary_utility
+
+    path = find_nvidia_binary_utility(name)
+    if path is None:
+        raise RuntimeError(f"{name} is missing")
+    return str(path)
+
+
+def _run(tool: str, *arguments: Any) -> str:
+    return subprocess.run(
+        [_tool(tool), *arguments], capture_output=True, text=True, check=True
+    ).stdout

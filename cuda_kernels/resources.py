@@ -1,0 +1,264 @@
+"""Every kernel configuration for every architecture it claims: registers, stack, spills, shared.
+
+:func:`resource_table` assembles them in parallel, with no GPU, and remembers the figures by the
+kernel's source: the second time costs nothing.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import json
+import os
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass, fields
+from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+from cuda_kernels.launch import ARCHITECTURES, Resources, assemble, why_not_assemble
+
+
+@dataclass(frozen=True)
+class Configuration:
+    """A kernel as it is built for one choice of compile-time values.
+
+    Attributes
+    ----------
+    name : str
+        Shown in the table.
+    factory : str
+        ``module:function`` that returns the ``@cuda.jit`` kernel.
+    arguments : tuple
+        Of the factory.
+    signature : str
+        Types of the kernel's arguments.
+    shared_bytes : int
+        Dynamic shared memory of a block.
+    max_registers : int
+        The most registers a thread may take for the blocks per SM that the kernel counts on.
+    opcodes : tuple of str
+        Instructions without which it is not the kernel meant, such as ``HMMA``.
+    in_registers : bool
+        Whether a stack frame or a spill is a fault.
+    architectures : tuple of str
+    """
+
+    name: str
+    factory: str
+    arguments: tuple[Any, ...]
+    signature: str
+    shared_bytes: int = 0
+    max_registers: int = 255
+    opcodes: tuple[str, ...] = ()
+    in_registers: bool = True
+    architectures: tuple[str, ...] = ARCHITECTURES
+
+    def kernel(self) -> Any:
+        """Build the kernel."""
+        module, function = self.factory.split(":")
+        return getattr(importlib.import_module(module), function)(*self.arguments)
+
+    def faults(self, resources: Resources) -> list[str]:
+        """List what keeps machine code from being what this configuration asks for."""
+        found = resources.faults() if self.in_registers else []
+        if resources.registers > self.max_registers:
+            found.append(f"{resources.registers} registers, more than {self.max_registers}")
+        found += [f"no {opcode}" for opcode in self.opcodes if not resources.count(opcode)]
+        return found
+
+
+_ROWS, _VALUES = "float32[:,:,:,::1]", "float32[:,:,::1]"
+
+
+def _mma(head_dim: int, dtype: str, skip: bool, gap: bool) -> Configuration:
+    from cuda_kernels.prefill_mma import SIGNATURE, shared_bytes
+
+    build = ("skip" if skip else "dense") + (", gaps" if gap else "")
+    return Configuration(
+        name=f"prefill_mma head_dim {head_dim}, {dtype}, {build}",
+        factory="cuda_kernels.prefill_mma:make_kernel",
+        arguments=(head_dim, head_dim, ("f16", "bf16").index(dtype), skip, gap),
+        signature=SIGNATURE,
+        shared_bytes=shared_bytes(head_dim, head_dim),
+        opcodes=("HMMA", "LDSM", "LDGSTS", "MUFU.EX2") + ("BAR.RED.AND",) * skip,
+        # two stages of K at head_dim 128 need more shared memory than these have
+        architectures=ARCHITECTURES if head_dim == 64 else ("sm_80", "sm_90a", "sm_100a"),
+    )
+
+
+CONFIGURATIONS: tuple[Configuration, ...] = (
+    *(
+        _mma(head_dim, dtype, skip, gap)
+        for head_dim in (64, 128)
+        for dtype in ("f16", "bf16")
+        for skip, gap in ((True, False), (False, False), (True, True))
+    ),
+    Configuration(
+        name="prefill_simt 64×128, head_dim 64",
+        factory="cuda_kernels.prefill_simt:make_kernel",
+        arguments=(64, 128, 64, 64),
+        signature=f"void({_ROWS}, {_ROWS}, {_ROWS}, float32, float32[:,::1], boolean, int64, "
+        f"{_ROWS}, {_VALUES}, {_VALUES}, uint8[:,:,:,::1], {_ROWS})",
+        in_registers=False,  # its arrays are indexed at run time, as a first kernel's are
+    ),
+)
+"""What ``skip-softmax kernels`` lists."""
+
+
+def resource_table(
+    configurations: Iterable[Configuration] = CONFIGURATIONS,
+    *,
+    architectures: Sequence[str] | None = None,
+    processes: int | None = None,
+    cache: Path | None = None,
+) -> list[dict[str, Any]]:
+    """Assemble kernels and list what they take.
+
+    Parameters
+    ----------
+    configurations : iterable of Configuration
+    architectures : sequence of str, optional
+        Only these.
+    processes : int, optional
+        Compilers at a time; default one per CPU.
+    cache : path, optional
+        Directory of remembered figures; default ``skip-softmax-lab/assembled`` in the user's cache.
+
+    Returns
+    -------
+    list of dict
+        A row per configuration and architecture: ``kernel``, ``arch``, ``registers``, ``stack``,
+        ``spill_stores``, ``spill_loads`` (bytes per thread), ``shared_bytes`` (of a block, static
+        and dynamic) and ``faults`` (sentences; empty where the build is as it should be).
+
+    Raises
+    ------
+    RuntimeError
+        If nothing can be assembled here; says what is missing.
+    ValueError
+        If an architecture is one that no kernel claims.
+    """
+    chosen = list(configurations)
+    claimed = {arch for configuration in chosen for arch in configuration.architectures}
+    for arch in architectures or ():
+        if arch not in claimed:
+            raise ValueError(f"arch must be one of {', '.join(sorted(claimed))}, got {arch!r}")
+    builds = [
+        (configuration, arch)
+        for configuration in chosen
+        for arch in configuration.architectures
+        if architectures is None or arch in architectures
+    ]
+    directory = cache or _cache_directory()
+    found = {build: _remembered(directory, *build) for build in builds}
+    missing = [build for build, resources in found.items() if resources is None]
+    if missing:
+        reason = why_not_assemble()
+        if reason is not None:
+            raise RuntimeError(reason)
+        workers = min(processes or os.cpu_count() or 1, len(missing))
+        if workers == 1:
+            made = [_build(*build) for build in missing]
+        else:
+            with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
+                made = list(pool.map(_build, *zip(*missing, strict=True)))
+        for build, resources in zip(missing, made, strict=True):
+            found[build] = resources
+            _remember(directory, *build, resources)
+    return [
+        {
+            "kernel": configuration.name,
+            "arch": arch,
+            "registers": resources.registers,
+            "stack": resources.stack,
+            "spill_stores": resources.spill_stores,
+            "spill_loads": resources.spill_loads,
+            "shared_bytes": resources.shared_bytes + configuration.shared_bytes,
+            "faults": configuration.faults(resources),
+        }
+        for (configuration, arch), resources in found.items()
+        if resources is not None
+    ]
+
+
+def format_table(rows: Sequence[dict[str, Any]]) -> str:
+    """Return the rows of :func:`resource_table` as text in columns.
+
+    Examples
+    --------
+    >>> row = {"kernel": "k", "arch": "sm_80", "registers": 32, "stack": 0, "spill_stores": 0}
+    >>> row |= {"spill_loads": 0, "shared_bytes": 0, "faults": []}
+    >>> print(format_table([row]))
+    kernel  arch   registers  stack  spill stores  spill loads  shared bytes
+    k       sm_80         32      0             0            0             0
+    """
+    names = [
+        *("kernel", "arch", "registers", "stack"),
+        *("spill_stores", "spill_loads", "shared_bytes"),
+    ]
+    cells = [[name.replace("_", " ") for name in names]]
+    cells += [[str(row[name]) for name in names] for row in rows]
+    widths = [max(len(line[i]) for line in cells) for i in range(len(names))]
+    lines = []
+    for line, row in zip(cells, [{}, *rows], strict=True):
+        columns = [
+            text.ljust(width) if i < 2 else text.rjust(width)
+            for i, (text, width) in enumerate(zip(line, widths, strict=True))
+        ]
+        lines.append("  ".join([*columns, *row.get("faults", [])]).rstrip())
+    return "\n".join(lines)
+
+
+def _build(configuration: Configuration, arch: str) -> Resources:
+    made = asdict(assemble(configuration.kernel(), configuration.signature, arch))
+    return Resources(**{field.name: made[field.name] for field in fields(Resources)})
+
+
+def _cache_directory() -> Path:
+    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(home) / "skip-softmax-lab" / "assembled"
+
+
+def _file(directory: Path, configuration: Configuration, arch: str) -> Path:
+    """Name a build by all that it depends on: sources, compile-time values, compilers."""
+    key = hashlib.sha256()
+    package = Path(__file__).parent
+    module = find_spec(configuration.factory.split(":")[0])
+    if module is None or module.origin is None:
+        raise ValueError(f"no module for the factory {configuration.factory!r}")
+    sources = [*sorted((package / "ptx").glob("*.py")), package / "fragments.py"]
+    for source in [*sources, package / "launch.py", Path(module.origin)]:
+        key.update(source.read_bytes())
+    parts = (configuration.factory, configuration.arguments, configuration.signature, arch)
+    key.update(repr((parts, [_version(name) for name in COMPILERS])).encode())
+    return directory / f"{key.hexdigest()}.json"
+
+
+COMPILERS = ("numba", "numba-cuda", "llvmlite", "nvidia-nvvm", "nvidia-nvjitlink")
+
+
+def _version(distribution: str) -> str:
+    try:
+        return version(distribution)
+    except PackageNotFoundError:
+        return ""
+
+
+def _remembered(directory: Path, configuration: Configuration, arch: str) -> Resources | None:
+    try:
+        return Resources(**json.loads(_file(directory, configuration, arch).read_text()))
+    except (OSError, ValueError, TypeError):
+        return None
+
+
+def _remember(
+    directory: Path, configuration: Configuration, arch: str, resources: Resources
+) -> None:
+    path = _file(directory, configuration, arch)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.with_suffix(".tmp").write_text(json.dumps(asdict(resources)))
+    path.with_suffix(".tmp").replace(path)
