@@ -5,6 +5,8 @@ Every widget is bound to the URL, so that a link reproduces the view.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import numpy as np
 import streamlit as st
 from numpy.typing import ArrayLike
@@ -22,7 +24,7 @@ LENGTH_STEP = 512
 DEFAULT_THRESHOLD = 0.01
 DEFAULT_FACTOR = 40.0
 FIXED = ("λ", "scale factor")
-_OF_ONE_SOURCE = ("head", "length", "group", "key_tile", "row")
+_OF_ONE_SOURCE = ("head", "length", "group", "key_tile", "row", "window", "queries")
 
 
 def pick_source() -> sources.Source:
@@ -62,6 +64,7 @@ def _upload() -> None:
 
 
 def _forget_place() -> None:
+    _forget_forced()
     for key in _OF_ONE_SOURCE:
         st.session_state.pop(key, None)
 
@@ -93,6 +96,79 @@ def pick_order() -> str:
         help="Order in which a group of queries visits its key tiles. `ends_first`: the last tile, "
         "the first, then the rest backwards. NVIDIA’s kernels visit in `ascending` order.",
     )
+
+
+VOTE_ROWS = (1, 16, 32, 64, 128, 256)
+TILE_KEYS = (128, 256, 512)
+
+
+class Mask(NamedTuple):
+    """Decision grid, sliding window and number of queries; None where all are seen."""
+
+    tile: tuple[int, int]
+    window: int | None
+    queries: int | None
+
+
+def pick_mask(lq: int, lk: int, causal: bool) -> Mask:
+    """Choose decision grid and mask, out of the way in an expander."""
+    with st.expander("Mask and decision grid", key="mask", icon=":material/grid_on:"):
+        rows = st.selectbox(
+            "Vote rows",
+            VOTE_ROWS,
+            index=VOTE_ROWS.index(64),
+            key="vote_rows",
+            bind="query-params",
+            on_change=_forget_forced,
+            help="Queries that must all agree before a tile is skipped. Fewer skip more, but "
+            "matrix units work on many rows at once.",
+        )
+        keys = st.selectbox(
+            "Keys of a tile",
+            TILE_KEYS,
+            key="tile_keys",
+            bind="query-params",
+            on_change=_forget_forced,
+            help="A larger tile is more likely to hold a key that matters.",
+        )
+        _keep_within("window", range(lk))
+        window = st.number_input(
+            "Sliding window, keys",
+            0,
+            lk - 1,
+            0,
+            step=64,
+            key="window",
+            bind="query-params",
+            on_change=_forget_forced,
+            disabled=not causal,
+            help="Each query sees only that many keys, itself the last. 0: no window.",
+        )
+        _keep_within("queries", range(lq))
+        queries = st.number_input(
+            "Last queries only",
+            0,
+            lq - 1,
+            0,
+            step=64,
+            key="queries",
+            bind="query-params",
+            on_change=_forget_forced,
+            help="As when a prompt’s beginning is already in the cache: fewer queries than keys. "
+            "0: all queries.",
+        )
+    mask = Mask((rows, keys), (causal and window) or None, queries or None)
+    if mask != Mask((64, 128), None, None):
+        said = [f"Tiles of {rows} × {keys}"]
+        said += [f"a window of {mask.window:,} keys"] if mask.window else []
+        said += [f"the last {queries:,} queries"] if queries else []
+        st.caption(", ".join(said))
+    return mask
+
+
+def _forget_forced() -> None:
+    if st.session_state.get("forced"):
+        st.session_state["forced"] = []  # what is absent would be taken from the URL again
 
 
 def pick_length(whole: int, croppable: bool) -> int:

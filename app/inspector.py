@@ -4,18 +4,21 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-import numpy as np
 import streamlit as st
-from numpy.typing import NDArray
 from streamlit.delta_generator import DeltaGenerator
 
-from app import controls
+from app import controls, forced
+from app.forced import Forced, WhatIf
+from app.scans import Arrays
+from app.sections import section
 from app.views import STATES, Words
 from app.wording import percent, score, why
 from sim.accuracy import dropped_mass
-from sim.geometry import TileMap, visit_order
+from sim.geometry import TileMap
 from sim.skip_softmax import Scan
 from sim.threshold import ln_threshold
+
+TABLE = ":material/table_rows:"
 
 
 class Place(NamedTuple):
@@ -24,40 +27,52 @@ class Place(NamedTuple):
     group: int
     key_tile: int
     row: int
+    forced: Forced
     about_tile: DeltaGenerator
     about_row: DeltaGenerator
 
 
 def pick(scan: Scan) -> Place:
-    """Show number inputs for tile and row of one head's scan: the map needs both."""
+    """Show inputs for tile, forced tiles and row of one head's scan: the map needs them."""
     st.subheader("One tile", anchor=False)
     i, j = controls.pick_tile(scan.grid)
+    picked = forced.pick(scan.grid, i, j, scan.mass is not None)
     about_tile = st.container()
     st.subheader("One query row", anchor=False)
     row = controls.pick_row(scan.grid.lq, _deciding(scan, i, j))
-    return Place(i, j, row, about_tile, st.container())
+    return Place(i, j, row, picked, about_tile, st.container())
 
 
-def tell(place: Place, scan: Scan, tiles: TileMap, words: Words) -> None:
-    """Say what is known about the chosen tile and row, and offer the tables.
+class Subject(NamedTuple):
+    """One head at one λ: its scan, what the forced tiles make of it, its Q, K and V, its words.
 
-    Parameters
-    ----------
-    place : Place
-    scan : Scan
-        Of one head.
-    tiles : TileMap
-        Decided from it.
-    words : Words
+    ``name`` tells it from every other head and view.
     """
+
+    scan: Scan
+    what_if: WhatIf
+    threshold: float
+    arrays: Arrays
+    words: Words
+    name: str
+
+
+def tell(place: Place, subject: Subject) -> None:
+    """Say what is known about the chosen tile and row, and offer what lies deeper."""
+    tiles = subject.what_if.decide(subject.threshold)
     with place.about_tile:
-        _tell_tile(scan, tiles, words, place.group, place.key_tile)
+        _tell_tile(place, subject, tiles)
     with place.about_row:
-        _tell_row(scan, tiles, words, place.row)
+        _tell_row(subject.what_if.scan, tiles, subject.words, place.row)
 
 
-def _tell_tile(scan: Scan, tiles: TileMap, words: Words, i: int, j: int) -> None:
-    st.markdown(_tile_sentence(scan, tiles, i, j, _deciding(scan, i, j)))
+def _tell_tile(place: Place, subject: Subject, tiles: TileMap) -> None:
+    scan, what_if, threshold = subject.scan, subject.what_if, subject.threshold
+    arrays, words = subject.arrays, subject.words
+    i, j = place.group, place.key_tile
+    st.markdown(_tile_sentence(what_if, tiles, i, j))
+    if what_if.forced:
+        forced.tell(i, what_if, scan, threshold, arrays)
     if words.keys:
         left, right = st.columns(2, gap="large")
         for side, name, tokens, where in (
@@ -66,16 +81,44 @@ def _tell_tile(scan: Scan, tiles: TileMap, words: Words, i: int, j: int) -> None
         ):
             side.caption(f"Words of its {name} ({where.start:,} – {where.stop - 1:,})")
             side.text(words.passage(tokens, where))
-    # Closed tables are not made: the browser would load its table code at first paint.
-    table = st.expander(
-        f"Table: the tiles of query group {i}, in visit order", key="tiles", on_change="rerun"
-    )
-    if table.open:
-        table.dataframe(
-            _tile_table(scan, tiles, words, i),
+
+    def vote() -> None:
+        from app import votes
+
+        votes.tell(scan, (i, j), threshold, what_if.forced, words)
+
+    def savings() -> None:
+        from app import work
+
+        work.tell_tile(tiles, i, j, sizes_of(arrays))
+
+    def steps() -> None:
+        from app import visit
+
+        visit.show(scan, i, place.row, threshold, what_if.forced, words, subject.name)
+
+    def table() -> None:
+        st.dataframe(
+            _tile_table(what_if.scan, tiles, words, i),
             hide_index=True,
             alt=f"State, gap and maxima of every tile that query group {i} visits",
         )
+
+    def kernel() -> None:
+        from app import real_kernel
+
+        real_kernel.show(scan, arrays, i, j, threshold, subject.name)
+
+    section(f"The vote on tile ({i}, {j}), row by row", "votes", ":material/how_to_vote:", vote)
+    section(f"Step through the visit of query group {i}", "steps", ":material/play_circle:", steps)
+    section("What skipping it saves, by kernel", "saves", ":material/savings:", savings)
+    section("The real kernel around this tile", "kernel", ":material/memory:", kernel)
+    section(f"Table: the tiles of query group {i}, in visit order", "tiles", TABLE, table)
+
+
+def sizes_of(arrays: Arrays) -> tuple[int, int]:
+    """Head size of q and k, and of v."""
+    return arrays.q.shape[2], arrays.v.shape[2]
 
 
 def _tell_row(scan: Scan, tiles: TileMap, words: Words, row: int) -> None:
@@ -87,27 +130,30 @@ def _tell_row(scan: Scan, tiles: TileMap, words: Words, row: int) -> None:
     if words.queries:
         st.caption("Its word, after the words before it")
         st.text(words.passage(words.queries, slice(max(0, row - 31), row + 1)))
-    table = st.expander(
-        f"Table: attention of query row {row:,} per key tile", key="row_tiles", on_change="rerun"
-    )
-    if table.open:
-        table.dataframe(
-            _row_table(scan.mass, tiles, words, row),
+
+    def table() -> None:
+        st.dataframe(
+            _row_table(scan, tiles, words, row),
             hide_index=True,
             column_config={"Attention": st.column_config.NumberColumn(format="%.3g")},
             alt=f"Attention of query row {row} in every key tile, and whether it is skipped",
         )
+
+    section(f"Table: attention of query row {row:,} per key tile", "row_tiles", TABLE, table)
 
 
 def _deciding(scan: Scan, i: int, j: int) -> int | None:
     return None if scan.row_max is None else int(scan.deciding_row(0)[i, j])
 
 
-def _tile_sentence(scan: Scan, tiles: TileMap, i: int, j: int, deciding: int | None) -> str:
-    gap, ln = float(scan.gap[0, i, j]), float(ln_threshold(tiles.threshold[0]))
+def _tile_sentence(what_if: WhatIf, tiles: TileMap, i: int, j: int) -> str:
+    scan, ln = what_if.scan, float(ln_threshold(tiles.threshold[0]))
     state = STATES[tiles.state[0, i, j]]
-    reason = why(state, gap, ln)
-    sentence = f"Tile ({i}, {j}) is **{state}**: {reason}."
+    if (i, j) in what_if.forced:
+        gap = score(what_if.own_gap[i, j])
+        return f"Tile ({i}, {j}) is **{state}** by hand: its gap is {gap}, ln λ {score(ln)}."
+    sentence = f"Tile ({i}, {j}) is **{state}**: {why(state, float(scan.gap[0, i, j]), ln)}."
+    deciding = _deciding(scan, i, j)
     if state == "masked" or deciding is None or scan.row_max is None:
         return sentence
     tile_max, m = scan.row_max[0, deciding, j], scan.running_max(0)[deciding, j]
@@ -118,7 +164,7 @@ def _tile_sentence(scan: Scan, tiles: TileMap, i: int, j: int, deciding: int | N
 
 
 def _tile_table(scan: Scan, tiles: TileMap, words: Words, i: int) -> dict[str, list]:
-    order = visit_order(scan.order, int(scan.grid.visited()[i]))
+    order = scan.grid.visit(scan.order, i)
     table: dict[str, list] = {
         "Key tile": order.tolist(),
         "State": [STATES[state] for state in tiles.state[0, i, order]],
@@ -135,15 +181,14 @@ def _tile_table(scan: Scan, tiles: TileMap, words: Words, i: int) -> dict[str, l
     return table
 
 
-def _row_table(
-    mass: NDArray[np.float32], tiles: TileMap, words: Words, row: int
-) -> dict[str, list]:
-    grid = tiles.grid
-    visible = range(int(grid.visited()[row // grid.rows]))
+def _row_table(scan: Scan, tiles: TileMap, words: Words, row: int) -> dict[str, list]:
+    grid, mass = scan.grid, scan.mass
+    assert mass is not None, "without masses no row is told about"
+    visible = grid.visit("ascending", row // grid.rows)
     table: dict[str, list] = {
-        "Key tile": list(visible),
-        "Attention": mass[0, row, : len(visible)].tolist(),
-        "State": [STATES[tiles.state[0, row // grid.rows, j]] for j in visible],
+        "Key tile": visible.tolist(),
+        "Attention": mass[0, row, visible].tolist(),
+        "State": [STATES[state] for state in tiles.state[0, row // grid.rows, visible]],
     }
     if words.keys:
         firsts = (grid.tile_keys(j).start for j in visible)

@@ -16,6 +16,9 @@ ICON = """<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 16 16">
 st.set_page_config(page_title="Skip Softmax Lab", page_icon=ICON, layout="wide")
 
 st.navigation(
-    [st.Page(PAGES / "tile_map.py", title="Tile map", default=True)],
-    position="hidden",  # until there is a second page
+    [
+        st.Page(PAGES / "tile_map.py", title="Tile map", default=True),
+        st.Page(PAGES / "rules.py", title="Rules"),
+    ],
+    position="top",
 ).run()

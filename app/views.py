@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from app.forced import WhatIf
 from app.wording import NBSP, headline, percent, plain_number
 from sim.cost import matrix_work_ratio
 from sim.curve import Curve
@@ -48,10 +49,10 @@ class Words:
     keys: list[str]
 
     @classmethod
-    def of(cls, trace: Trace, length: int) -> Words:
-        """Words of the first ``length`` keys, and of the queries: query i is key i + Lk − Lq."""
-        first_query = trace.k.shape[1] - trace.q.shape[1]
-        return cls(trace.tokens[first_query:length], trace.tokens[:length])
+    def of(cls, trace: Trace, grid: Grid) -> Words:
+        """Words of the keys and queries of a grid: query i is key i + Lk − Lq."""
+        keys = trace.tokens[: grid.lk]
+        return cls(keys[grid.lk - grid.lq :], keys)
 
     @staticmethod
     def passage(tokens: list[str], where: slice) -> str:
@@ -94,18 +95,17 @@ def thumbnail(
     }
 
 
-def panel(
-    scan: Scan, index: int, curve: Curve, setting: Setting, head_sizes: tuple[int, int]
-) -> dict[str, Any]:
+def panel(what_if: WhatIf, setting: Setting, head_sizes: tuple[int, int]) -> dict[str, Any]:
     """Pack one map: gaps, deciding rows, and every headline and count that the slider can show."""
-    gap, pooled = pool(scan.gap[index], MAX_SIDE)
+    scan, forced = what_if.scan, what_if.forced
+    gap, pooled = pool(scan.gap[0], MAX_SIDE)
     grid = scan.grid
-    at = curve.at(_steps(setting))
+    at = what_if.curve.at(_steps(setting))
     visited = int(grid.visited().sum())
     worst = [None] * len(at.sparsity) if at.worst_dropped_mass is None else at.worst_dropped_mass
     work = matrix_work_ratio(at.pair_share, *head_sizes).tolist()
     each = zip(_steps(setting), at.sparsity, worst, work, strict=True)
-    headlines = [headline(*one) for one in each]
+    headlines = [headline(*one, forced=len(forced)) for one in each]
     if setting.sentence:
         headlines[-1] = setting.sentence
     data = _map(scan, gap) | {
@@ -118,10 +118,11 @@ def panel(
         "skipped": [round(share * visited) for share in at.sparsity.tolist()],
         "visited": visited,
         "masked": grid.groups * grid.key_tiles - visited,
+        "forced": [(i // pooled[0], j // pooled[1]) for i, j in forced],
     }
     if scan.row_max is not None and pooled == (1, 1):
-        rows = scan.deciding_row(index)
-        tile_max = np.take_along_axis(scan.row_max[index], rows, axis=0)
+        rows = scan.deciding_row(0)
+        tile_max = np.take_along_axis(scan.row_max[0], rows, axis=0)
         data |= {"deciding_row": pack(rows, "<i4"), "tile_max": pack(tile_max, "<f4")}
     return data
 
@@ -133,11 +134,11 @@ def titles(scan: Scan, title: str) -> dict[str, str]:
     return {"title": title, "label": f"Tile map{order}: {size}"}
 
 
-def query_row(scan: Scan, index: int, row: int, words: Words) -> dict[str, Any]:
+def query_row(scan: Scan, row: int, words: Words) -> dict[str, Any]:
     """Pack one query row's attention per key tile, drawn as bars under the map."""
     if scan.mass is None:
         return {}
-    mass = scan.mass[index, row]
+    mass = scan.mass[0, row]
     strongest = int(mass.argmax())
     return {
         "mass": pack(mass, "<f4"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Iterable, Sequence
 
 SUPERSCRIPT = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 NBSP = "\N{NO-BREAK SPACE}"
@@ -62,17 +63,24 @@ def percent(share: float) -> str:
     return f"{text}{NBSP}%"
 
 
-def headline(threshold: float, sparsity: float, worst: float | None, work_ratio: float) -> str:
+def headline(
+    threshold: float, sparsity: float, worst: float | None, work_ratio: float, forced: int = 0
+) -> str:
     """Say what a threshold skips, costs and saves; ``**`` marks what to stress.
 
     Examples
     --------
     >>> headline(0.01, 0.328, None, 1.196).replace(NBSP, " ")
     '**λ = 0.01**: **33 %** of tiles skipped; about **1.2×** less matrix work.'
+    >>> headline(0, 0.001, None, 1.0005, forced=1).replace(NBSP, " ")
+    '**λ off, 1 tile forced**: **0.1 %** of tiles skipped; about **1×** less matrix work.'
     """
-    if threshold == 0:
+    if threshold == 0 and not forced:
         return "**λ off**: dense attention, no tile is skipped and nothing is lost."
-    parts = [f"**λ = {plain_number(threshold)}**: **{percent(sparsity)}** of tiles skipped"]
+    setting = f"λ = {plain_number(threshold)}" if threshold else "λ off"
+    if forced:
+        setting += f", {forced} {'tile' if forced == 1 else 'tiles'} forced"
+    parts = [f"**{setting}**: **{percent(sparsity)}** of tiles skipped"]
     if worst is not None:
         parts.append(f"the worst row loses at most **{percent(worst)}** of its attention")
     return "; ".join([*parts, f"about **{work_ratio:.2g}×** less matrix work."])
@@ -86,6 +94,35 @@ def short_context(factor: float, length: int) -> str:
         "holds a row’s maximum could be skipped and the answer would be wrong, so this short "
         "request is computed **without skipping**."
     )
+
+
+def amount(x: float, unit: str = "") -> str:
+    """Write a count with a decimal prefix.
+
+    Examples
+    --------
+    >>> [amount(x, "B").replace(NBSP, " ") for x in (12, 16384, 1.07e9)], amount(8192)
+    (['12 B', '16.4 kB', '1.07 GB'], '8,192')
+    """
+    if not unit and x < 1e6:
+        return f"{x:,.0f}"
+    power = min(max(math.floor(math.log10(x) / 3), 0), 5) if x > 0 else 0
+    return f"{x / 1000**power:.3g}{NBSP}{' kMGTP'[power].strip()}{unit}".rstrip()
+
+
+def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """Write a small table in Markdown: no table code is loaded for it, and readers hear it.
+
+    Examples
+    --------
+    >>> print(table(["", "ours"], [["exp", "spared"]]))
+    |  | ours |
+    |---|---|
+    | exp | spared |
+    """
+    lines = [f"| {' | '.join(cells)} |" for cells in (header, *rows)]
+    rule = "|" + "---|" * len(header)
+    return "\n".join([lines[0], rule, *lines[1:]]).replace(NBSP, " ")  # narrow cells must wrap
 
 
 def score(x: float) -> str:

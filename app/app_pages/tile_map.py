@@ -1,12 +1,14 @@
 """Tile map: a real model's attention, tile by tile, and what a threshold λ leaves out of it."""
 
+from dataclasses import replace
 from functools import partial
 
 import streamlit as st
 
-from app import about, controls, inspector, views
+from app import about, controls, forced, inspector, views, whole_head
 from app.components.tile_map import tile_map
-from app.scans import curve_of, growth, is_long, scan_of, scanned_heads
+from app.scans import View, arrays_of, curve_of, growth, is_long, scan_of, scanned_heads
+from app.views import Words
 from app.wording import short_context
 
 # ---- What is looked at --------------------------------------------------------------------------
@@ -19,6 +21,7 @@ with st.sidebar:
     croppable = trace.causal and lq == lk and not is_long(source)
     orders = ["ascending", "ends_first"] if compare else [controls.pick_order()]
     length = controls.pick_length(lk, croppable)
+    mask = controls.pick_mask(lq, lk, trace.causal)
     hold = controls.pick_hold()
     asked, factor = controls.pick_threshold(hold, length)
     controls.upload()
@@ -51,27 +54,32 @@ def report(share: float) -> None:
     bar.progress(share, text=f"Forming Q·Kᵀ: {lk:,} tokens, {len(heads)} of {len(trace.q)} heads")
 
 
-found = {one: scan_of(source, heads, one, length, report) for one in orders}
+views_of = {one: View(one, length, *mask) for one in orders}
+found = {one: scan_of(source, heads, view, report) for one, view in views_of.items()}
 bar.empty()
 curves = {
-    one: [curve_of(source.key, one, length, h, x, found[one]) for x, h in enumerate(heads)]
-    for one in orders
+    one: [curve_of(source.key, view, h, x, found[one]) for x, h in enumerate(heads)]
+    for one, view in views_of.items()
 }
+one_head = {one: found[one].heads([index]) for one in orders}
 shown = orders[-1]
-one_head = found[shown].heads([index])
-words = views.Words.of(trace, length)
+words = Words.of(trace, found[shown].grid)
 
 # ---- Map: sent before everything below it, so that it is on screen first ------------------------
-place = inspector.pick(one_head)
+place = inspector.pick(one_head[shown])
+what_ifs = {one: forced.apply(one_head[one], curves[one][index], place.forced) for one in orders}
+what_if = what_ifs[shown]
 head_sizes = (trace.q.shape[2], trace.v.shape[2])
 panels = [
-    views.panel(found[one], index, curves[one][index], setting, head_sizes)
+    views.panel(what_ifs[one], setting, head_sizes)
     | views.titles(found[one], one if compare else "")
-    | views.query_row(found[one], index, place.row, words)
+    | views.query_row(one_head[one], place.row, words)
     for one in orders
 ]
 thumbnails = [
-    views.thumbnail(found[shown], x, curves[shown][x], setting, h, trace.head_names[h])
+    views.thumbnail(what_if.scan, 0, what_if.curve, setting, h, trace.head_names[h])
+    if h == head
+    else views.thumbnail(found[shown], x, curves[shown][x], setting, h, trace.head_names[h])
     for x, h in enumerate(heads)
 ]
 with map_slot:
@@ -82,7 +90,7 @@ with map_slot:
         on_head=controls.head_chosen,
         on_cell=controls.tile_chosen,
     )
-    if views.is_pooled(one_head.grid):
+    if views.is_pooled(what_if.scan.grid):
         st.caption(
             f"Drawn at {views.MAX_SIDE:,} tiles a side: a cell is skipped only if all its tiles "
             "are. All numbers are of the full map."
@@ -91,19 +99,28 @@ with map_slot:
 # ---- Words and curves ---------------------------------------------------------------------------
 from app import charts  # noqa: E402  the map is on screen before Altair has been imported
 
-inspector.tell(place, one_head, one_head.decide(setting.threshold), words)
+subject = inspector.Subject(
+    one_head[shown],
+    what_if,
+    setting.threshold,
+    arrays_of(source, [head], views_of[shown]),
+    words,
+    f"{source.key} {head} {views_of[shown]}",
+)
+inspector.tell(place, subject)
 with curves_slot:
     st.subheader(f"What λ saves, and what it costs{f': {shown}' if compare else ''}", anchor=False)
-    curve = curves[shown][index]
-    for chart, alt in charts.against_threshold(curve, setting.threshold):
+    for chart, alt in charts.against_threshold(what_if.curve, setting.threshold):
         st.altair_chart(chart, alt=alt)
-if croppable and lk > controls.LENGTH_STEP:
+if croppable and mask.queries is None and lk > controls.LENGTH_STEP:
     with growth_slot:
         st.subheader("Gains grow with context", anchor=False)
-        whole = scan_of(source, heads, shown, lk, report)
+        whole_view = replace(views_of[shown], length=lk)
+        whole = scan_of(source, heads, whole_view, report)
         lengths = charts.lengths_up_to(lk, controls.LENGTH_STEP)
-        scans = growth(source.key, shown, head, index, lengths, whole)
+        scans = growth(source.key, whole_view, head, index, lengths, whole)
         chart, alt = charts.against_length(scans, min(asked, 1.0), factor, length)
         st.altair_chart(chart, alt=alt)
 
+whole_head.tell(subject, trace, head)
 about.show(trace.card)

@@ -107,6 +107,9 @@ function paintOverlay(canvas, tiles, size, cursor, selected) {
     context.fillRect(0, cursor.i * h, canvas.width, h);
     context.fillRect(cursor.j * w, 0, w, canvas.height);
   }
+  for (const n of tiles.byHand) {
+    outline({ i: Math.floor(n / tiles.key_tiles), j: n % tiles.key_tiles }, "#000", "#fff");
+  }
   if (selected) outline(selected, "#fff", "#d55e00");
   if (cursor) outline(cursor, "#fff", "#000");
 }

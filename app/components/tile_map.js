@@ -8,13 +8,6 @@ const KEY_STEP = { ArrowUp: [-1, 0], ArrowDown: [1, 0], ArrowLeft: [0, -1], Arro
   PageUp: [-8, 0], PageDown: [8, 0] };
 const NARROW = 480, WIDE = 700; // CSS pixels of the component
 
-function make(tag, className, parent) {
-  const node = document.createElement(tag);
-  if (className) node.className = className;
-  if (parent) parent.append(node);
-  return node;
-}
-
 /** "a **b** c" → text with <strong>; only ever our own sentences, and as text nodes. */
 function setSentence(node, sentence) {
   node.replaceChildren(...sentence.split("**").map((part, n) => {
@@ -23,10 +16,6 @@ function setSentence(node, sentence) {
     strong.textContent = part;
     return strong;
   }));
-}
-
-function setText(node, text) {
-  if (node.textContent !== text) node.textContent = text;
 }
 
 class TileMapView {
@@ -58,8 +47,7 @@ class TileMapView {
     if (this.pending !== null && same(this.pending, data.threshold)) this.pending = null;
     if (!this.moved && this.pending === null) this.adopt();
     this.selected = data.selected;
-    const background = getComputedStyle(this.root).getPropertyValue("--st-background-color");
-    this.dark = luminance(background) < 0.5;
+    this.dark = isDark(this.root);
     this.root.classList.toggle("dark", this.dark);
     this.root.classList.toggle("two", data.panels.length > 1);
     this.buildScale();
@@ -335,7 +323,7 @@ class TileMapView {
     box.replaceChildren();
     make("div", "state", box).textContent = `${name}: ${state}`;
     make("div", "", box).textContent = reason(tiles, index, ln);
-    if (state !== "masked" && tiles.tileMax) {
+    if (state !== "masked" && tiles.tileMax && !tiles.byHand.has(index)) {
       const list = make("dl", "", box);
       const fact = (term, text) => {
         make("dt", "", list).textContent = term;
@@ -382,15 +370,6 @@ function same(a, b) {
 function niceStep(least) {
   const power = 2 ** Math.ceil(Math.log2(Math.max(1, least)));
   return Math.max(64, power);
-}
-
-/** Relative luminance of a CSS colour, 0 … 1. */
-function luminance(colour) {
-  const context = document.createElement("canvas").getContext("2d");
-  context.fillStyle = colour.trim() || "#fff";
-  context.fillRect(0, 0, 1, 1);
-  const [r, g, b] = context.getImageData(0, 0, 1, 1).data;
-  return (0.2126 * r + 0.7152 * g + 0.0722 * b) / 255;
 }
 
 const views = new WeakMap();

@@ -1,15 +1,12 @@
-"""The tile map: canvas maps with a λ slider that answers in the browser.
-
-The code of the browser's side is in the files beside this one; it is handed to Streamlit as one
-inline module, because the project builds nothing with a JavaScript bundler.
-"""
+"""The tile map: canvas maps with a λ slider that answers in the browser."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
 
 import streamlit as st
+
+from app.components.files import read
 
 _HTML = """
 <div class="tile-map">
@@ -33,18 +30,11 @@ _HTML = """
 </div>
 """
 
-_HERE = Path(__file__).parent
-
-
-def _read(*names: str) -> str:
-    return "\n".join((_HERE / name).read_text(encoding="utf-8") for name in names)
-
-
 _mount = st.components.v2.component(
     "skip_softmax_tile_map",
     html=_HTML,
-    css=_read("tile_map.css"),
-    js=_read("tiles.js", "paint.js", "tile_map.js"),
+    css=read("tile_map.css"),
+    js=read("dom.js", "tiles.js", "paint.js", "tile_map.js"),
 )
 
 

@@ -3,6 +3,7 @@
 
 const MASKED = 0, COMPUTED = 1, SKIPPED = 2;
 const STATE = ["masked", "computed", "skipped"];
+const SKIPPED_BY_HAND = -1e29; // gaps below it hold for every λ, also where nothing is skipped
 
 /** Base64 → typed array. */
 function decode(text, Type) {
@@ -21,6 +22,7 @@ function decodeTiles(tiles) {
     tileMax: decode(tiles.tile_max, Float32Array),
     row: decode(tiles.deciding_row, Int32Array),
     mass: decode(tiles.mass, Float32Array),
+    byHand: new Set((tiles.forced ?? []).map(([i, j]) => i * tiles.key_tiles + j)),
   };
 }
 
@@ -28,7 +30,7 @@ function decodeTiles(tiles) {
 function stateOf(tiles, n, ln) {
   const gap = tiles.gap[n];
   if (gap === -Infinity) return MASKED;
-  return ln !== null && gap < ln ? SKIPPED : COMPUTED;
+  return gap < SKIPPED_BY_HAND || (ln !== null && gap < ln) ? SKIPPED : COMPUTED;
 }
 
 function number(x) {
@@ -40,6 +42,7 @@ function number(x) {
 /** Why a tile is in its state, in words. */
 function reason(tiles, n, ln) {
   const state = stateOf(tiles, n, ln);
+  if (tiles.byHand.has(n)) return "forced by hand";
   if (state === MASKED) return "no query of this group sees a key of it";
   if (tiles.gap[n] === Infinity) return "first visited, never skipped";
   const gap = `gap ${number(tiles.gap[n])}`;

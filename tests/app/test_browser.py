@@ -3,13 +3,7 @@
 import json
 import os
 import re
-import socket
-import subprocess
-import sys
 import time
-import urllib.request
-from collections.abc import Iterator
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -19,90 +13,12 @@ from sim.traces import bundled, read_trace, write_trace
 
 pytestmark = pytest.mark.browser
 
-FLAGS = [
-    "--no-sandbox",  # tests run as root on bare machines
-    "--disable-gpu",
-    "--disable-quic",
-    "--no-first-run",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-sync",
-]
 COLOURS = {1: (0, 114, 178), 2: (230, 159, 0)}
 MASKED = {"light": (238, 238, 238), "dark": (38, 42, 51)}
 MARKUP = (
     "<img src=x onerror=alert(1)><script>alert(2)</script>**bold** [link](http://x.invalid) "
     ":red[red] :material/home: `code`"
 )
-
-
-@pytest.fixture(scope="module")
-def server(root: Path) -> Iterator[str]:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    options = ["--server.headless=true", "--server.address=127.0.0.1", f"--server.port={port}"]
-    environment = {k: v for k, v in os.environ.items() if k != "SKIP_SOFTMAX_TRACE"}
-    process = subprocess.Popen(
-        [sys.executable, "-m", "streamlit", "run", root / "app/streamlit_app.py", *options],
-        cwd=root,
-        env=environment,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
-    url = f"http://127.0.0.1:{port}"
-    try:
-        for _ in range(150):
-            assert process.poll() is None, "the server ended by itself"
-            try:
-                with urllib.request.urlopen(f"{url}/_stcore/health", timeout=1):
-                    break
-            except OSError:
-                time.sleep(0.2)
-        yield url
-    finally:
-        process.terminate()
-        process.wait(10)
-
-
-@pytest.fixture(scope="module")
-def browser(chromium: str):
-    from playwright.sync_api import sync_playwright
-
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=chromium, args=FLAGS)
-        yield browser
-        browser.close()
-
-
-@pytest.fixture
-def open_page(browser, server):
-    """Open the app; afterwards no script error and no request to another machine was seen."""
-    contexts, faults = [], []
-
-    def open_(query: str = "", *, width: int = 1400, height: int = 1000, **context):
-        contexts.append(browser.new_context(viewport={"width": width, "height": height}, **context))
-        page = contexts[-1].new_page()
-        page.on("pageerror", lambda error: faults.append(str(error)))
-        page.on("dialog", lambda dialog: (faults.append(dialog.message), dialog.dismiss()))
-        page.on(
-            "request",
-            lambda request: (
-                None
-                if request.url.startswith((server, "data:", "blob:", server.replace("http", "ws")))
-                else faults.append(request.url)
-            ),
-        )
-        page.sent = []
-        page.on("websocket", lambda ws: ws.on("framesent", lambda frame: page.sent.append(frame)))
-        page.goto(f"{server}/{query}")
-        page.wait_for_selector(".tile-map .headline strong")
-        return page
-
-    yield open_
-    for context in contexts:
-        context.close()
-    assert not faults
 
 
 def settle(page) -> None:
@@ -309,10 +225,12 @@ def test_url_reproduces_what_was_set_by_hand(open_page) -> None:
     page.get_by_role("radio", name="scale factor").or_(
         page.get_by_role("button", name="scale factor")
     ).first.click()
+    page.wait_for_url(re.compile("hold="))
     settle(page)
     page.get_by_role("slider", name="Context length, tokens").focus()
     for _ in range(3):
         page.keyboard.press("ArrowLeft")
+    page.wait_for_url(re.compile("length=2560"))
     settle(page)
     shown = page.locator(".headline").all_inner_texts()
     assert len(shown) == 2
@@ -356,17 +274,29 @@ def test_targets_are_large_enough(open_page) -> None:
         assert min(box["width"], box["height"]) >= 24
 
 
+OPEN = "&".join(
+    f"{key}=true"
+    for key in ("votes", "steps", "saves", "kernel", "tiles", "row_tiles", "ledger", "files")
+)
+"""All sections that are made only when they are open."""
+
+
 @pytest.mark.parametrize(
     ("query", "width", "theme"),
-    [("", 1400, "light"), ("", 1400, "dark"), ("", 400, "light"), ("?compare=true", 1400, "dark")],
+    [
+        (f"?{OPEN}&forced=skip+60,0", 1400, "light"),
+        (f"?{OPEN}&forced=skip+60,0", 1400, "dark"),
+        (f"?{OPEN}&forced=skip+60,0", 400, "light"),
+        ("?compare=true", 1400, "dark"),
+    ],
 )
 def test_axe_finds_nothing_serious(open_page, query, width, theme) -> None:
     from axe_playwright_python.sync_playwright import Axe
 
-    page = open_page(query, width=width, color_scheme=theme)
+    page = open_page(query, width=width, height=6000, color_scheme=theme)
     settle(page)
-    for expander in page.locator("details summary").all():
-        expander.click()
+    for label in ("What am I looking at?", "Where this trace comes from"):
+        page.get_by_text(label).click()
     settle(page)
     found = Axe().run(page).response["violations"]
     serious = [one for one in found if one["impact"] in ("serious", "critical")]
@@ -386,7 +316,7 @@ def test_text_of_an_uploaded_trace_is_only_text(open_page, tmp_path) -> None:
     page.locator("input[type=file]").set_input_files(path)
     page.wait_for_url(re.compile("source=upload"))
     settle(page)
-    for expander in page.locator("details summary").all():
+    for expander in page.locator('[data-testid="stMain"] details summary').all():
         expander.click()
     page.locator(".map").hover()
     settle(page)

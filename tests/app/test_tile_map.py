@@ -195,7 +195,7 @@ def test_one_row_loses_what_the_simulator_says(scanned) -> None:
 
 def test_button_goes_to_the_deciding_row(scanned) -> None:
     page = open_page(group="30", key_tile="4")
-    page.button[0].click().run()
+    next(one for one in page.button if one.label == "Row that decides this tile").click().run()
     assert page.number_input(key="row").value == scanned.deciding_row(0)[30, 4]
 
 

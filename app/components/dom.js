@@ -1,0 +1,26 @@
+// Small helpers for the browser's page that more than one component needs.
+
+function make(tag, className, parent) {
+  const node = document.createElement(tag);
+  if (className) node.className = className;
+  if (parent) parent.append(node);
+  return node;
+}
+
+function setText(node, text) {
+  if (node.textContent !== text) node.textContent = text;
+}
+
+/** Relative luminance of a CSS colour, 0 … 1. */
+function luminance(colour) {
+  const context = document.createElement("canvas").getContext("2d");
+  context.fillStyle = colour.trim() || "#fff";
+  context.fillRect(0, 0, 1, 1);
+  const [r, g, b] = context.getImageData(0, 0, 1, 1).data;
+  return (0.2126 * r + 0.7152 * g + 0.0722 * b) / 255;
+}
+
+/** Whether Streamlit's theme is dark where `root` stands. */
+function isDark(root) {
+  return luminance(getComputedStyle(root).getPropertyValue("--st-background-color")) < 0.5;
+}
