@@ -418,6 +418,7 @@ def _check_out(out: Any, q: Any, shape: tuple[int, ...]) -> None:
             f"out must share dtype and device with q, got {arrays.dtype_name(out)} "
             f"on {arrays.device_of(out)}"
         )
+    _check_layout("out", out)
 
 
 def _check_device(q: Any, backend: str, kind: str) -> None:

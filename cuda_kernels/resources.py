@@ -97,6 +97,18 @@ CONFIGURATIONS: tuple[Configuration, ...] = (
         for dtype in ("f16", "bf16")
         for skip, gap in ((True, False), (False, False), (True, True))
     ),
+    *(
+        Configuration(
+            name=f"gemm 64×64×64, {dtype}, B [{layout}]",
+            factory="cuda_kernels.gemm:make_kernel",
+            arguments=(("f16", "bf16").index(dtype), b_is_n_by_k),
+            signature="void(uint16[:,:], uint16[:,:], float32[:,::1])",
+            shared_bytes=32768,
+            max_registers=128,
+            opcodes=("HMMA", "LDSM", "LDGSTS"),
+        )
+        for dtype, layout, b_is_n_by_k in (("f16", "N, K", 1), ("bf16", "K, N", 0))
+    ),
     Configuration(
         name="prefill_simt 64×128, head_dim 64",
         factory="cuda_kernels.prefill_simt:make_kernel",

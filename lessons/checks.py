@@ -215,6 +215,65 @@ def check_threads(fn: Callable[..., Any], strict: bool | None = None) -> bool:
     return _judge(fn, cases(), strict)
 
 
+def check_fragments(fn: Callable[..., Any], strict: bool | None = None) -> bool:
+    """Lesson 6: ``multiply(a, b) -> places in A, places in B, d`` by one ``mma_m16n8k16``."""
+
+    def cases() -> Iterator[Case]:
+        in_a = "A: registers 1 and 3 are 8 rows below 0 and 2; registers 2 and 3 are 8 columns on"
+        in_b = "B: the quad is the column; a register holds two neighbours of a column"
+        load = "word [row, column // 2] of a, and word [column, row // 2] of b_columns"
+        lane, i = np.indices((32, 8))
+        quad, place = lane // 4, lane % 4
+        a_row, a_column = quad + 8 * np.isin(i, (2, 3, 6, 7)), 2 * place + i % 2 + 8 * (i >= 4)
+        b_row, b_column = (2 * place + i % 2 + 8 * (i >= 2))[:, :4], quad[:, :4]
+        for seed in range(3):
+            a, b = (x.astype(np.float16) for x in _random(seed, (16, 16), (16, 8)))
+            product = a.astype(np.float64) @ b.astype(np.float64)
+            yield Case(
+                f"random matrices, seed {seed}",
+                (a, b),
+                [
+                    Wanted("places in A", np.stack([a_row, a_column], 2), 0, in_a),
+                    Wanted("places in B", np.stack([b_row, b_column], 2), 0, in_b),
+                    Wanted("d", product, 1e-4, load),
+                ],
+            )
+
+    return _judge(fn, cases(), strict)
+
+
+def check_vote(fn: Callable[..., Any], strict: bool | None = None) -> bool:
+    """Lesson 7: ``decide(scores, ln_lam) -> skip, top_of_warp``, tiles of 16 keys, ≤ 64 rows."""
+
+    def cases() -> Iterator[Case]:
+        full = "who waits for whom? all must have written before one reads, and all must vote"
+        tail = "rows that do not exist vote to skip, and come to every barrier and every exchange"
+        top = "m of the rows of one warp: exchange with lanes 1, 2, 4, 8 and 16 away"
+        for seed, (rows, tiles, lam) in enumerate(
+            [(64, 2, 0.0), (64, 4, 0.3), (37, 4, 0.3), (5, 4, 0.5), (33, 3, 0.9)]
+        ):
+            scores = _random(seed, (rows, tiles, 16))[0].astype(np.float32)
+            scores -= np.arange(tiles, dtype=np.float32)[None, :, None] % 3
+            skip, m = np.zeros(tiles), np.full(64, -np.inf)
+            with np.errstate(divide="ignore"):
+                ln_lam = np.log(lam)
+            for j in range(tiles):
+                tile_max = scores[:, j].max(axis=1)
+                skip[j] = (tile_max - m[:rows] < ln_lam).all()
+                if not skip[j]:
+                    m[:rows] = np.maximum(m[:rows], tile_max)
+            yield Case(
+                f"{rows} rows, {tiles} tiles, λ = {lam}, seed {seed}",
+                (scores.reshape(rows, -1), ln_lam),
+                [
+                    Wanted("skip", skip, 0, full if rows == 64 else tail),
+                    Wanted("top_of_warp", m.reshape(2, 32).max(axis=1), 0, top),
+                ],
+            )
+
+    return _judge(fn, cases(), strict)
+
+
 def _judge(
     fn: Callable[..., Any],
     cases: Iterable[Case],

@@ -55,6 +55,24 @@ def categories(values: NDArray, colours: Sequence[str], cell: int = 3) -> Image:
     return Image.fromarray(table[values].repeat(cell, axis=0).repeat(cell, axis=1))
 
 
+def numbers(
+    values: NDArray, colours: Sequence[tuple[float, float, float]], cell: int = 24
+) -> Image:
+    """Draw small integers [rows, columns] as numbers, on their colours (parts 0 … 1)."""
+    from PIL import Image, ImageDraw, ImageFont
+
+    rows, columns = values.shape
+    font = ImageFont.load_default(11)
+    picture = Image.new("RGB", (columns * cell, rows * cell), "white")
+    draw = ImageDraw.Draw(picture)
+    for (i, j), value in np.ndenumerate(values):
+        x, y = j * cell, i * cell
+        fill = tuple(round(255 * part) for part in colours[value])
+        draw.rectangle((x, y, x + cell - 2, y + cell - 2), fill)
+        draw.text((x + cell / 2 - 1, y + cell / 2 - 1), str(value), INK, font, anchor="mm")
+    return picture
+
+
 def bars_under_line(bars: NDArray, line: NDArray, names: tuple[str, str]) -> Image:
     """Draw values as bars and others as a stair above them, on one scale."""
     from PIL import Image, ImageDraw, ImageFont

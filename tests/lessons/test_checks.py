@@ -102,6 +102,8 @@ def test_pictures():
     assert pixel == [blue, grey, grey, white, blue, grey, white, white, blue]
     two = pictures.categories(np.array([[0, 1]]), ["#000000", "#ffffff"], cell=2)
     assert np.asarray(two)[:, :, 0].tolist() == [[0, 0, 255, 255]] * 2
+    ones = pictures.numbers(np.array([[0, 1]]), [(0, 0, 0), (1, 0, 0)], cell=24)
+    assert [ones.getpixel((24 * j + 1, 1)) for j in range(2)] == [(0, 0, 0), (255, 0, 0)]
     sheet = pictures.side_by_side([two, two], ["left", "right"])
     assert sheet.size == (2 * 192, 2 + 26)
     bars = pictures.bars_under_line(np.array([1.0, 3.0]), np.array([3.0, 3.0]), ("bars", "line"))

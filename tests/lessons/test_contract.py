@@ -30,7 +30,7 @@ def text(path: Path) -> str:
 
 
 def test_there_are_lessons_and_solutions_one_for_one():
-    assert [lesson.number for lesson in LESSONS] == [0, 1, 2, 3, 4, 5]
+    assert [lesson.number for lesson in LESSONS] == [0, 1, 2, 3, 4, 5, 6, 7]
     assert [lesson.path.name[:2] for lesson in LESSONS] == [f"{one.number:02}" for one in LESSONS]
     solutions = sorted((catalogue.LESSONS / "solutions").glob("*.py"))
     assert solutions == [lesson.solution for lesson in LESSONS]
@@ -140,6 +140,13 @@ WRONG = [
     ("05_blocks_and_threads", "cuda.blockIdx.x * cuda.blockDim.x + ", "", "the blocks before"),
     ("05_blocks_and_threads", "if row >= q.shape[0]", "if row > q.shape[0]", "more threads"),
     ("05_blocks_and_threads", "l = l * alpha + p", "l = l + p", "l is rescaled"),
+    ("06_tensor_core_fragments", "register % 2 * 8", "register // 2 * 8", "8 rows below"),
+    ("06_tensor_core_fragments", "column = lane // 4\n", "column = lane % 8\n", "quad is"),
+    ("06_tensor_core_fragments", "= a[row, column // 2]", "= a[row, column % 8]", "of b_columns"),
+    ("07_vote_races_divergence", "cuda.syncthreads()\n        # END", "# END", "have written"),
+    ("07_vote_races_divergence", "mine = t >= rows or ", "mine = ", "do not exist vote"),
+    ("07_vote_races_divergence", "= bar_red_and(1, THREADS, mine)", "= mine", "all must vote"),
+    ("07_vote_races_divergence", "range(5):\n        top", "range(4):\n        top", "and 16"),
 ]
 
 
