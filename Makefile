@@ -16,7 +16,7 @@ help:
 	@echo 'make clean   remove .venv and all caches'
 
 app: $(VENV)/.installed-app
-	@$(VENV)/bin/python -m app app
+	@$(VENV)/bin/python -m app app || test $$? -eq 130 # Ctrl-C
 
 test: lint
 	@$(VENV)/bin/python -m pytest $(PYTEST_ARGS)

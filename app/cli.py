@@ -115,6 +115,7 @@ def scan_trace(
     threshold_scale_factor: float | None = None,
     target_sparsity: float | None = None,
     order: str = "ends_first",
+    short_context: str = "dense",
     tile: tuple[int, int] = (64, 128),
     length: int | None = None,
     full: bool = False,
@@ -132,6 +133,8 @@ def scan_trace(
         As in :meth:`sim.Scan.decide`.
     order : {"ends_first", "ascending", "descending"}
         Visit order.
+    short_context : {"dense", "allow"}
+        What happens where λ exceeds 1.
     tile : (int, int)
         Vote rows × keys of a tile.
     length : int, optional
@@ -187,13 +190,14 @@ def scan_trace(
         order=order,
         softmax_scale=data.softmax_scale,
         mass=mass,
-        keep_row_max=False,
+        keep_row_max=short_context == "allow",
         progress=progress,
     )
     tiles = one.decide(
         threshold,
         threshold_scale_factor=threshold_scale_factor,
         target_sparsity=target_sparsity,
+        short_context=short_context,
     )
     visited = np.count_nonzero(tiles.visited, axis=(1, 2))
     skipped = np.count_nonzero(tiles.skipped, axis=(1, 2))
@@ -215,7 +219,7 @@ def scan_trace(
         "tile": list(tiles.grid.tile),
         "order": tiles.order,
         "threshold": float(tiles.threshold[0]),
-        "short_context": (threshold_scale_factor or 0) > tiles.grid.lk,
+        "short_context": (threshold_scale_factor or 0) > tiles.grid.lk and not tiles.threshold[0],
         "sparsity": float(skipped.sum() / max(visited.sum(), 1)),
         "sparsity_definition": SPARSITY,
         "heads": heads,
@@ -266,6 +270,12 @@ def _parser() -> argparse.ArgumentParser:
     rule.add_argument("--threshold", type=float, metavar="X", help="λ; default 0.01")
     rule.add_argument("--threshold-scale-factor", type=float, metavar="X", help="λ = X / length")
     rule.add_argument("--target-sparsity", type=float, metavar="X", help="skip at most this share")
+    scan.add_argument(
+        "--short-context",
+        choices=("dense", "allow"),
+        default="dense",
+        help="above λ = 1: compute densely (default), or skip as NVIDIA's kernels do",
+    )
     scan.add_argument("--order", choices=ORDERS, default="ends_first", help="default: ends_first")
     scan.add_argument("--tile", nargs=2, type=int, default=(64, 128), metavar=("ROWS", "KEYS"))
     scan.add_argument("--length", type=int, metavar="N", help="the first N tokens only")
@@ -340,6 +350,7 @@ def _scan(options: argparse.Namespace) -> int:
         options.trace,
         **(rule or {"threshold": 0.01}),
         order=options.order,
+        short_context=options.short_context,
         tile=tuple(options.tile),
         length=options.length,
         full=options.full,

@@ -82,7 +82,7 @@ def headline(
         setting += f", {forced} {'tile' if forced == 1 else 'tiles'} forced"
     parts = [f"**{setting}**: **{percent(sparsity)}** of tiles skipped"]
     if worst is not None:
-        parts.append(f"the worst row loses at most **{percent(worst)}** of its attention")
+        parts.append(f"the worst row loses **{percent(worst)}** of its attention")
     return "; ".join([*parts, f"about **{work_ratio:.2g}×** less matrix work."])
 
 

@@ -17,7 +17,7 @@ from sim.scores import check_scale
 from sim.threshold import ln_threshold, resolve
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class SkipReport:
     """What a call skipped and what that can have cost.
 
@@ -49,6 +49,10 @@ class SkipReport:
     order: str
     threshold: NDArray[np.float64]
     backend: str
+
+    def __repr__(self) -> str:
+        share = self.tiles.skipped.sum() / max(self.tiles.visited.sum(), 1)
+        return f"<SkipReport: {share:.1%} of visited tiles skipped, by {self.backend}>"
 
     @cached_property
     def tiles(self) -> TileMap:
@@ -117,7 +121,8 @@ def skip_softmax_attention(
         Default: the best kernel for this GPU that takes these arguments; the report names it.
         ``reference`` is the simulator, on the CPU.
     emulate : bool
-        Run the tensor-core kernel's own source on the CPU, thread by thread: seconds per tile.
+        Run the tensor-core kernel's own source on the CPU, thread by thread: about a second for
+        each tile of each head and request.
     cu_seqlens_q, cu_seqlens_k, page_table, sink_logits : None
         Not built yet; refused by name.
 

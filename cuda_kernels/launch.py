@@ -93,7 +93,10 @@ def why_not_assemble() -> str | None:
         for name in ("cuobjdump", "nvdisasm"):
             _tool(name)
     except (DynamicLibNotFoundError, RuntimeError):
-        return f"no assembler: {name} is missing; install the extra `assemble`"
+        return (
+            f"no assembler: {name} is missing; install it with "
+            "python -m pip install -c constraints.txt -e '.[assemble]'"
+        )
     return None
 
 

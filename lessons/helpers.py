@@ -71,8 +71,10 @@ def todo(what: str) -> NoReturn:
 
 def reveal(predicted: float | None, answer: float, what: str) -> None:
     """Compare a prediction with what the run has found."""
-    mine = "You predicted nothing" if predicted is None else f"You predicted {predicted:g}"
-    print(f"{mine}; it is {answer:.4g} {what}.")
+    if predicted is None:
+        print(f"Predict first ({what}): fill in `prediction` above, and run again to compare.")
+    else:
+        print(f"You predicted {predicted:g}; it is {answer:.4g} {what}.")
 
 
 class Head(NamedTuple):

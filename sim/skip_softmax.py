@@ -118,6 +118,8 @@ class Scan:
                 lam = np.array([for_target_sparsity(gap, target_sparsity) for gap in self.gap])
             else:
                 lam = np.asarray(for_target_sparsity(self.gap, target_sparsity))
+        elif threshold is None and threshold_scale_factor is None:
+            raise ValueError("give threshold, threshold_scale_factor or target_sparsity")
         else:
             lam = resolve(threshold, threshold_scale_factor, self.grid.lk, short_context)
         if lam.shape not in ((), (heads,)):

@@ -194,10 +194,10 @@ def resolve(
         if short_context != "allow" and (lam > 1).any():
             raise ValueError(
                 f"threshold must be at most 1, got {threshold!r}: above 1 a tile that holds a "
-                'row\'s maximum may be skipped; pass short_context="allow" to see it happen'
+                "row's maximum may be skipped; short_context=allow lets you see it happen"
             )
         return lam
     if threshold_scale_factor is None:
-        raise ValueError("give threshold, threshold_scale_factor or target_sparsity")
+        raise ValueError("give threshold or threshold_scale_factor")
     lam = from_scale_factor(threshold_scale_factor, kv_length)
     return lam if short_context == "allow" else np.where(lam > 1, 0.0, lam)

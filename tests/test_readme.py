@@ -75,19 +75,23 @@ def test_table_of_visit_orders(lam):
 
 def test_every_scan_command_runs(capsys, monkeypatch):
     monkeypatch.chdir(ROOT)
-    commands = set(re.findall(r"`skip-softmax (scan T [^`]+)`", README))
+    commands = set(re.findall(r"`skip-softmax (scan \$T [^`]+)`", README))
     assert len(commands) >= 5
     for command in commands:
-        words = [str(TRACE) if word == "T" else word for word in shlex.split(command)]
+        words = [str(TRACE) if word == "$T" else word for word in shlex.split(command)]
         assert main(words) == 0
         assert "all heads" in capsys.readouterr().out
 
 
-def test_the_python_example_runs(monkeypatch, capsys):
+def test_the_python_examples_run(monkeypatch, capsys):
     monkeypatch.chdir(ROOT)
-    (code,) = re.findall(r"```python\n(.*?)```", README, re.S)
-    exec(compile(code, "README.md", "exec"), {})
-    assert "0.60" in capsys.readouterr().out
+    simulator, kernel = re.findall(r"```python\n(.*?)```", README, re.S)
+    exec(compile(simulator, "README.md", "exec"), {})
+    figures = [f"{float(x):.3f}" for x in re.findall(r"[\d.]+", capsys.readouterr().out)]
+    assert figures == ["0.602", "0.516", "0.144", "0.127"]
+    assert all(figure in simulator for figure in figures)
+    exec(compile(kernel, "README.md", "exec"), {})
+    assert capsys.readouterr().out == "(1, 64, 2, 64) [[0. 0.]] mma, emulated\n"
 
 
 def test_kernel_figures_are_those_of_the_recorded_run():

@@ -50,7 +50,7 @@ print("q", q.shape, "k", k.shape, "v", v.shape, q.dtype)
 # %%
 settings = {"softmax_scale": trace.softmax_scale, "tile": tile, "threshold": 0.05}
 start = time.perf_counter()
-out, report = skip_softmax_attention(q, k, v, **settings, return_report=True)
+out, report = skip_softmax_attention(q, k, v, **settings, gap=True, return_report=True)
 print(
     f"out {out.shape} {out.dtype}, after {time.perf_counter() - start:.1f} s (compiling included)"
 )
@@ -67,7 +67,7 @@ print(report.tiles.state[0, 0, -4:])
 bound = np.asarray(report.dropped_mass_bound)
 print(f"guaranteed: no row has lost more than {bound.max():.1%} of its weight")
 head_0 = sim.TileMap(report.tiles.state[0], report.grid, report.order, report.threshold[0])
-helpers.show(tile_map_image(head_0, cell=6 if on_gpu else 18), "first_kernel")
+helpers.show(tile_map_image(head_0, cell=6 if on_gpu else 48), "first_kernel")
 
 # %% [markdown]
 # ## Compare with the simulator
@@ -103,7 +103,7 @@ if on_gpu:
     out, report = skip_softmax_attention(*on_device, **settings, return_report=True)
     print(type(out), "on", out.device, "sparsity", report.sparsity.round(3))
 else:
-    print(f"Skipped: needs a GPU, and here is {device.kind}: {device.name or device.reason}.")
+    print(f"No CuPy without a GPU: this ran in {device.name or device.reason}.")
 
 # %% [markdown]
 # Next: read `cuda_kernels/prefill_simt.py`, change it (skip on one row's vote, say), and run this

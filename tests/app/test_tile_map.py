@@ -80,7 +80,7 @@ def test_headline_is_that_of_the_simulator(trace, scanned, threshold) -> None:
     work = ledger(tiles, 64).matrix_work_ratio
     assert headlines(page) == [
         f"**λ = {threshold}**: **{100 * tiles.sparsity[0]:.0f}{NBSP}%** of tiles skipped; the "
-        f"worst row loses at most **{100 * worst:.0f}{NBSP}%** of its attention; about "
+        f"worst row loses **{100 * worst:.0f}{NBSP}%** of its attention; about "
         f"**{work:.1f}×** less matrix work."
     ]
 

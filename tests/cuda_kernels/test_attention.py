@@ -104,7 +104,7 @@ WIDE = np.zeros((2, 40, 4, 32), np.float16)
         ({"threshold": 1.5}, ValueError, "threshold must be at most 1"),
         ({"threshold": [0.1] * 3}, ValueError, r"one for each of \[2\] requests, or \[2, 4\]"),
         ({"threshold_scale_factor": 1}, ValueError, "not both"),
-        ({"threshold": None}, ValueError, "give threshold, threshold_scale_factor"),
+        ({"threshold": None}, ValueError, "give threshold or threshold_scale_factor"),
         ({"order": "up"}, ValueError, "order must be one of"),
         ({"tile": (8, 0)}, ValueError, "tile keys must be between 1"),
         ({"softmax_scale": -1.0}, ValueError, "softmax_scale must be finite and above 0"),
