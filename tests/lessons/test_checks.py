@@ -75,12 +75,13 @@ def test_stop_has_no_traceback_in_a_notebook():
     assert Stop("one message")._render_traceback_() == ["one message"]
 
 
-@pytest.mark.parametrize(
-    ("predicted", "said"), [(None, "You predicted nothing"), (12, "You predicted 12")]
-)
-def test_reveal(predicted, said, capsys):
-    helpers.reveal(predicted, 53.789, "per cent")
-    assert capsys.readouterr().out == f"{said}; it is 53.79 per cent.\n"
+def test_reveal_answers_a_prediction_and_asks_for_one(capsys):
+    helpers.reveal(12, 53.789, "per cent")
+    assert capsys.readouterr().out == "You predicted 12; it is 53.79 per cent.\n"
+    helpers.reveal(None, 53.789, "per cent")
+    asked = capsys.readouterr().out
+    assert asked.startswith("Predict first (per cent)")
+    assert "53" not in asked
 
 
 def test_a_program_that_fails_in_the_simulator_stops(tmp_path, monkeypatch):

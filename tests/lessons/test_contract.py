@@ -85,7 +85,7 @@ def test_solution_passes_in_time(lesson, program, slack):
     assert re.search(r"^✅ (\d+)/\1 cases", done.stdout, re.M)
     assert done.stdout.count("❌") == 1, "“Break it” shows the damage, once"
     assert done.stdout.index("✅") < done.stdout.index("❌")
-    assert done.stdout.count("You predicted nothing; it is ") == 1
+    assert done.stdout.count("Predict first (") == 1
     assert (OUTPUT / f"{lesson.path.stem}.png").read_bytes().startswith(b"\x89PNG")
 
 
