@@ -238,7 +238,7 @@ def _run_mma(
 ) -> SkipReport:  # fmt: skip
     from numba import cuda
 
-    from cuda_kernels.loading import launch, load
+    from cuda_kernels.launch import launch, load
     from cuda_kernels.prefill_mma import NO_WINDOW, SIGNATURE, THREADS
 
     kernel, shared_bytes = _mma_kernel(q, v, lam, gap)
