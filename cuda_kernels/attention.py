@@ -121,8 +121,8 @@ def skip_softmax_attention(
         Default: the best kernel for this GPU that takes these arguments; the report names it.
         ``reference`` is the simulator, on the CPU.
     emulate : bool
-        Run the tensor-core kernel's own source on the CPU, thread by thread: about a second for
-        each tile of each head and request.
+        Run the tensor-core kernel's own source on the CPU, thread by thread: for a few
+        tiles only, as the time grows with tiles × heads × requests.
     cu_seqlens_q, cu_seqlens_k, page_table, sink_logits : None
         Not built yet; refused by name.
 
