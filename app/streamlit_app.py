@@ -19,6 +19,7 @@ st.navigation(
     [
         st.Page(PAGES / "tile_map.py", title="Tile map", default=True),
         st.Page(PAGES / "rules.py", title="Rules"),
+        st.Page(PAGES / "calibrate.py", title="Calibrate"),
     ],
     position="top",
 ).run()

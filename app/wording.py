@@ -153,3 +153,16 @@ def why(state: str, gap: float, ln: float) -> str:
     if ln == -math.inf:
         return f"its gap is {score(gap)}, and with λ off nothing is skipped"
     return f"its gap, {score(gap)}, is {'below' if gap < ln else 'not below'} ln λ, {score(ln)}"
+
+
+def signed_percent(change: float) -> str:
+    """Write a relative change.
+
+    Examples
+    --------
+    >>> [signed_percent(x).replace(NBSP, " ") for x in (0.0104, -0.0003, 0)]
+    ['+1.0 %', '−0.03 %', '0 %']
+    """
+    if change == 0:
+        return percent(0)
+    return ("+" if change > 0 else "−") + percent(abs(change))

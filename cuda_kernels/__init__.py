@@ -3,7 +3,17 @@
 Importing it needs no GPU and loads no CUDA package.
 """
 
-from cuda_kernels.attention import SkipReport, skip_softmax_attention
+from cuda_kernels.attention import skip_softmax_attention, skip_softmax_plan
 from cuda_kernels.backends import BACKENDS, Device, detect
+from cuda_kernels.plan import PrefillPlan
+from cuda_kernels.report import SkipReport
 
-__all__ = ["BACKENDS", "Device", "SkipReport", "detect", "skip_softmax_attention"]
+__all__ = [
+    "BACKENDS",
+    "Device",
+    "PrefillPlan",
+    "SkipReport",
+    "detect",
+    "skip_softmax_attention",
+    "skip_softmax_plan",
+]

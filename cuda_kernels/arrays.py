@@ -66,6 +66,17 @@ def layout(array: Any) -> tuple[tuple[int, ...], int]:
     return tuple(array.strides), pointer
 
 
+def address(array: Any) -> int:
+    """Address of the first element of an array on a GPU."""
+    return array.data_ptr() if hasattr(array, "data_ptr") else array.data.ptr
+
+
+def bare(array: Any) -> Any:
+    """Give Numba a CPU tensor of PyTorch as the NumPy array that shares its memory."""
+    on_cpu_torch = library_of(array) == "torch" and not array.is_cuda
+    return array.numpy() if on_cpu_torch else array
+
+
 def wants_gradient(array: Any) -> bool:
     """Whether PyTorch would record what happens to this array."""
     if library_of(array) != "torch":
@@ -101,6 +112,15 @@ def full(like: Any, shape: tuple[int, ...], value: float, dtype: str = "float32"
 
         return torch.full(shape, value, dtype=getattr(torch, dtype), device=like.device)
     return _module(like).full(shape, value, dtype=dtype)
+
+
+def empty(like: Any, shape: tuple[int, ...], dtype: str) -> Any:
+    """Allocate an array in the library and on the device of another, of any content."""
+    if library_of(like) == "torch":
+        import torch
+
+        return torch.empty(shape, dtype=getattr(torch, dtype), device=like.device)
+    return _module(like).empty(shape, dtype=dtype)
 
 
 def empty_like(like: Any, shape: tuple[int, ...]) -> Any:
@@ -140,7 +160,8 @@ def current_stream(array: Any) -> int:
     if library == "torch":
         import torch
 
-        return int(torch.cuda.current_stream(array.device).cuda_stream)
+        # What PyTorch's own generated code calls: the public way makes an object of each stream.
+        return torch._C._cuda_getCurrentRawStream(array.get_device())
     if library == "cupy":
         import cupy
 

@@ -1,10 +1,9 @@
-"""The public door: skip-softmax attention on arrays, with a report of what was skipped."""
+"""The public doors to prefill: skip-softmax attention on arrays, at once or by a plan."""
 
 from __future__ import annotations
 
 import warnings
-from dataclasses import dataclass
-from functools import cached_property
+from collections import OrderedDict
 from typing import Any
 
 import numpy as np
@@ -12,57 +11,15 @@ from numpy.typing import ArrayLike, NDArray
 
 from cuda_kernels import arrays
 from cuda_kernels.backends import choose, detect
-from sim.geometry import ORDERS, Grid, TileMap, check_order
+from cuda_kernels.checks import check_lengths, check_out, check_tensors
+from cuda_kernels.plan import PrefillPlan, Settings, emulated, why_not_mma
+from cuda_kernels.report import SkipReport
+from sim.geometry import ORDERS, Grid, check_order
 from sim.scores import check_scale
 from sim.threshold import ln_threshold, resolve
 
-
-@dataclass(frozen=True, repr=False)
-class SkipReport:
-    """What a call skipped and what that can have cost.
-
-    Arrays are of the caller's library and stay on its device; ``tiles`` and ``sparsity`` are
-    fetched to the host when they are first asked for.
-
-    Parameters
-    ----------
-    state : array, shape [B, Hq, groups, key_tiles], uint8
-        0 masked, 1 computed, 2 skipped.
-    gap : array, shape [B, Hq, groups, key_tiles], float32, or None
-        Natural-log units; +inf for the first visited tile, −inf where masked.
-    lse : array, shape [B, Hq, Lq], float32
-        Natural log, over kept keys only.
-    dropped_mass_bound : array, shape [B, Hq, Lq], float32
-        Certified: the true softmax probability that fell into skipped tiles is at most this.
-    grid : Grid
-    order : str
-    threshold : ndarray, shape [B, Hq], float64
-        λ that was applied; 0 where the request was computed densely.
-    backend : str
-    """
-
-    state: Any
-    gap: Any
-    lse: Any
-    dropped_mass_bound: Any
-    grid: Grid
-    order: str
-    threshold: NDArray[np.float64]
-    backend: str
-
-    def __repr__(self) -> str:
-        share = self.tiles.skipped.sum() / max(self.tiles.visited.sum(), 1)
-        return f"<SkipReport: {share:.1%} of visited tiles skipped, by {self.backend}>"
-
-    @cached_property
-    def tiles(self) -> TileMap:
-        """Tile map with a leading batch axis."""
-        return TileMap(arrays.to_numpy(self.state), self.grid, self.order, self.threshold)
-
-    @property
-    def sparsity(self) -> NDArray[np.float64]:
-        """Skipped ÷ visited tiles, [B, Hq]; first tiles count as visited."""
-        return self.tiles.sparsity
+_PLANS: OrderedDict[Any, PrefillPlan] = OrderedDict()
+MAX_PLANS = 64  # that the door remembers
 
 
 def skip_softmax_attention(
@@ -71,6 +28,9 @@ def skip_softmax_attention(
     v: Any,
     *,
     causal: bool = True,
+    window: int | None = None,
+    q_lens: ArrayLike | None = None,
+    kv_lens: ArrayLike | None = None,
     threshold: ArrayLike | None = None,
     threshold_scale_factor: ArrayLike | None = None,
     short_context: str = "dense",
@@ -98,10 +58,15 @@ def skip_softmax_attention(
     v : array, shape [B, Lk, Hkv, Dv]
     causal : bool
         Bottom-right aligned: query i sees keys ≤ i + Lk − Lq.
+    window : int, optional
+        With ``causal``: a query sees the last ``window`` of those keys only.
+    q_lens, kv_lens : sequence of B integers, optional
+        How many rows of each request are its own, where requests are not all as long as the
+        arrays; the others may hold anything, and their output is 0.
     threshold : float or array [B] or [B, Hq], optional
         λ: a tile is skipped iff its gap < ln λ.  Larger skips more; 0 skips nothing.
     threshold_scale_factor : float or array [B] or [B, Hq], optional
-        λ = factor / Lk.  Give one of the two.
+        λ = factor / keys of the request.  Give one of the two.
     short_context : {"dense", "allow"}
         What happens where factor / Lk exceeds 1.
     order : {"ends_first", "ascending", "descending"}
@@ -154,6 +119,18 @@ def skip_softmax_attention(
     >>> out.shape, report.tiles.state.shape
     ((1, 256, 2, 64), (1, 2, 4, 2))
     """
+    asked = (
+        causal, window, q_lens, kv_lens, threshold, threshold_scale_factor, short_context, order,
+        tile, softmax_scale, gap,
+    )  # fmt: skip
+    known = None
+    if backend in (None, "mma") and not emulate:
+        known = _known(
+            (q, k, v, out), (*asked, cu_seqlens_q, cu_seqlens_k, page_table, sink_logits)
+        )
+        plan = _PLANS.get(known)
+        if plan is not None:
+            return _run(plan, q, k, v, out, return_report)
     not_built = {
         "cu_seqlens_q": cu_seqlens_q,
         "cu_seqlens_k": cu_seqlens_k,
@@ -164,17 +141,11 @@ def skip_softmax_attention(
         if value is not None:
             raise ValueError(f"{name} is not supported yet")
     q, k, v = arrays.adopt(q), arrays.adopt(k), arrays.adopt(v)
-    out_shape = _check_tensors(q, k, v)
+    out_shape = check_tensors(q, k, v)
     if out is not None:
-        _check_out(out, q, out_shape)
-    check_order(order)
-    batch, lq, heads, head_dim = q.shape
-    grid = Grid(tile, lq, k.shape[1], causal)
-    scale = check_scale(softmax_scale, head_dim)
-    lam = _per_head(
-        resolve(threshold, threshold_scale_factor, grid.lk, short_context), batch, heads
-    )
-    misfit = _why_not_mma(q, v, grid)
+        check_out(out, q, out_shape)
+    settings = _settings(q, k, *asked)
+    misfit = why_not_mma(q, v, settings.grid)
     if emulate:
         if backend not in (None, "mma"):
             raise ValueError(f"emulate=True runs the mma kernel, not {backend!r}")
@@ -186,12 +157,18 @@ def skip_softmax_attention(
     if chosen == "mma":
         if misfit is not None:
             raise ValueError(f"the mma kernel {misfit}")
-        result = arrays.empty_like(q, out_shape) if out is None or emulate else out
-        run = _emulate_mma if emulate else _run_mma
-        report = run(q, k, v, result, scale, lam, grid, order, gap)
+        if not emulate:
+            plan = PrefillPlan(q, k, v, settings, out)
+            if known is not None:
+                _PLANS[known] = plan
+                while len(_PLANS) > MAX_PLANS:
+                    _PLANS.popitem(last=False)
+            return _run(plan, q, k, v, out, return_report)
+        result = arrays.empty_like(q, out_shape)
+        report = emulated(q, k, v, result, settings)
     else:
         run_whole = _run_reference if chosen == "reference" else _run_simt
-        result, report = run_whole(q, k, v, scale, lam, grid, order)
+        result, report = run_whole(q, k, v, settings)
     if out is None:
         out = arrays.cast(result, q)
     elif out is not result:
@@ -199,100 +176,119 @@ def skip_softmax_attention(
     return (out, report) if return_report else out
 
 
-def _why_not_mma(q: Any, v: Any, grid: Grid) -> str | None:
-    """Say what of these arguments the tensor-core kernel does not take; None if it takes them."""
-    if arrays.dtype_name(q) == "float32":
-        return "takes float16 and bfloat16, got float32"
-    if grid.tile != (64, 128):
-        return f"decides on tiles of 64 × 128, got {grid.tile[0]} × {grid.tile[1]}"
-    if q.shape[3] not in (64, 128) or v.shape[3] != q.shape[3]:
-        return f"takes head_dim 64 and 128 for q, k and v, got {q.shape[3]} and {v.shape[3]}"
-    return None
+def skip_softmax_plan(
+    q: Any,
+    k: Any,
+    v: Any,
+    *,
+    causal: bool = True,
+    window: int | None = None,
+    q_lens: ArrayLike | None = None,
+    kv_lens: ArrayLike | None = None,
+    threshold: ArrayLike | None = None,
+    threshold_scale_factor: ArrayLike | None = None,
+    short_context: str = "dense",
+    order: str = "ends_first",
+    softmax_scale: float | None = None,
+    gap: bool = False,
+) -> PrefillPlan:
+    """Check, compile and allocate once, for many calls on arrays that are alike.
+
+    Parameters
+    ----------
+    q, k, v : array
+        On a GPU; what is in them does not matter.
+    causal, window, q_lens, kv_lens, threshold, threshold_scale_factor, short_context, order, \
+softmax_scale, gap
+        As in :func:`skip_softmax_attention`.
+
+    Returns
+    -------
+    PrefillPlan
+        ``plan(q, k, v, out=...)`` launches the tensor-core kernel, also while a CUDA graph is
+        captured; ``plan.report`` is the report of the last call.
+
+    Raises
+    ------
+    ValueError, TypeError, RuntimeError
+        As :func:`skip_softmax_attention`.
+
+    Examples
+    --------
+    >>> import cupy  # doctest: +SKIP
+    >>> plan = skip_softmax_plan(q, k, v, threshold=0.01)  # doctest: +SKIP
+    >>> for layer in layers:  # doctest: +SKIP
+    ...     plan(layer.q, layer.k, layer.v, out=layer.out)
+    """
+    q, k, v = arrays.adopt(q), arrays.adopt(k), arrays.adopt(v)
+    check_tensors(q, k, v)
+    settings = _settings(
+        q, k, causal, window, q_lens, kv_lens, threshold, threshold_scale_factor, short_context,
+        order, (64, 128), softmax_scale, gap,
+    )  # fmt: skip
+    misfit = why_not_mma(q, v, settings.grid)
+    if misfit is not None:
+        raise ValueError(f"the mma kernel {misfit}")
+    device = detect()
+    _check_device(q, choose("mma", device), device.kind)
+    return PrefillPlan(q, k, v, settings)
 
 
-def _mma_kernel(q: Any, v: Any, lam: NDArray[np.float64], gap: bool) -> tuple[Any, int]:
-    """Build the kernel for these arguments: dense where nothing can be skipped."""
-    from cuda_kernels.prefill_mma import make_kernel, shared_bytes
-
-    dtype = {"float16": 0, "bfloat16": 1}[arrays.dtype_name(q)]
-    kernel = make_kernel(q.shape[3], v.shape[3], dtype, bool((lam > 0).any()), gap)
-    return kernel, shared_bytes(q.shape[3], v.shape[3])
-
-
-def _mma_results(
-    q: Any, grid: Grid, lam: NDArray[np.float64], order: str, gap: bool, backend: str
-) -> tuple[Any, ...]:
-    """Allocate what the kernel fills besides the output: ln λ, lse, bound, state, gaps."""
-    batch, lq, heads, _ = q.shape
-    map_shape = (batch, heads, grid.groups, grid.key_tiles)
-    lse, bound = (arrays.full(q, (batch, heads, lq), np.nan) for _ in range(2))
-    state = arrays.full(q, map_shape, 0, "uint8")
-    gaps = arrays.full(q, map_shape if gap else (1, 1, 1, 1), -np.inf)
-    report = SkipReport(state, gaps if gap else None, lse, bound, grid, order, lam, backend)
-    return (arrays.from_numpy(ln_threshold(lam), q), lse, bound, state, gaps), report
-
-
-def _run_mma(
-    q: Any, k: Any, v: Any, out: Any, scale: float, lam: NDArray[np.float64], grid: Grid,
-    order: str, gap: bool,
-) -> SkipReport:  # fmt: skip
-    from numba import cuda
-
-    from cuda_kernels.launch import launch, load
-    from cuda_kernels.prefill_mma import NO_WINDOW, SIGNATURE, THREADS
-
-    kernel, shared_bytes = _mma_kernel(q, v, lam, gap)
-    results, report = _mma_results(q, grid, lam, order, gap, "mma")
-    compiled = load(kernel, SIGNATURE, shared_bytes, cuda.get_current_device().id)
-    launch(
-        kernel,
-        compiled,
-        (grid.groups, q.shape[2], q.shape[0]),
-        THREADS,
-        arrays.current_stream(q),
-        shared_bytes,
-        *(arrays.as_bits(x) for x in (q, k, v, out)),
-        *results,
-        np.float32(scale),
-        grid.causal,
-        np.int32(NO_WINDOW),
-        np.int32(ORDERS.index(order)),
+def _settings(
+    q: Any, k: Any, causal: bool, window: int | None, q_lens: Any, kv_lens: Any, threshold: Any,
+    factor: Any, short_context: str, order: str, tile: tuple[int, int], scale: float | None,
+    gap: bool,
+) -> Settings:  # fmt: skip
+    """Check what is asked for, apart from the arrays."""
+    check_order(order)
+    batch, lq, heads, head_dim = q.shape
+    grid = Grid(tile, lq, k.shape[1], causal, window)
+    spans = np.zeros((batch, 4), np.int32)
+    spans[:, 1] = check_lengths("q_lens", q_lens, batch, lq)
+    spans[:, 3] = check_lengths("kv_lens", kv_lens, batch, grid.lk)
+    lam = np.stack(
+        [
+            _per_head(resolve(threshold, factor, max(int(keys), 1), short_context), batch, heads)[b]
+            for b, keys in enumerate(spans[:, 3])
+        ]
     )
-    return report
+    return Settings(grid, order, check_scale(scale, head_dim), lam, spans, gap)
 
 
-def _emulate_mma(
-    q: Any, k: Any, v: Any, out: Any, scale: float, lam: NDArray[np.float64], grid: Grid,
-    order: str, gap: bool,
-) -> SkipReport:  # fmt: skip
-    from cuda_kernels.emulator import emulate
-    from cuda_kernels.prefill_mma import NO_WINDOW, THREADS
+def _known(tensors: tuple[Any, ...], asked: tuple[Any, ...]) -> Any:
+    """Name a call by all that its checks look at but addresses; None where that is not quick.
 
-    kernel, shared_bytes = _mma_kernel(q, v, lam, gap)
-    results, report = _mma_results(q, grid, lam, order, gap, "mma, emulated")
-    emulate(
-        kernel,
-        (grid.groups, q.shape[2], q.shape[0]),
-        THREADS,
-        *(_bare(arrays.as_bits(x)) for x in (q, k, v, out)),
-        *(_bare(x) for x in results),
-        np.float32(scale),
-        grid.causal,
-        NO_WINDOW,
-        ORDERS.index(order),
-        shared_bytes=shared_bytes,
-    )
-    return report
+    What needs a gradient is no part of it, as PyTorch can change that of one tensor.
+    """
+    if not all(x is None or isinstance(x, int | float | str | tuple) for x in asked):
+        return None
+    if not all(x is None or (hasattr(x, "data_ptr") and x.is_cuda) for x in tensors):
+        return None
+    if any(x is not None and x.requires_grad for x in tensors):
+        return None
+    return asked, *(x is not None and (x.shape, x.stride(), x.dtype, x.device) for x in tensors)
 
 
-def _run_simt(
-    q: Any, k: Any, v: Any, scale: float, lam: NDArray[np.float64], grid: Grid, order: str
-) -> tuple[Any, SkipReport]:
+def _run(plan: PrefillPlan, q: Any, k: Any, v: Any, out: Any, return_report: bool) -> Any:
+    if not return_report:
+        return plan(q, k, v, out=out)
+    if out is None:
+        out = plan.empty_out(q)
+    return out, plan.fresh(q, k, v, out)
+
+
+def _run_simt(q: Any, k: Any, v: Any, settings: Settings) -> tuple[Any, SkipReport]:
     from numba import config, cuda
     from numba.core.errors import NumbaPerformanceWarning
 
     from cuda_kernels.prefill_simt import CHUNK, make_kernel
 
+    grid = settings.grid
+    if grid.window is not None or (settings.spans[:, 1::2] != (grid.lq, grid.lk)).any():
+        raise ValueError(
+            "the simt kernel takes no window, q_lens or kv_lens; the mma kernel and "
+            'backend="reference" do'
+        )
     if grid.keys % CHUNK or grid.rows > 1024:
         raise ValueError(
             f"tile must have at most 1024 rows and a multiple of {CHUNK} keys for the simt "
@@ -305,125 +301,59 @@ def _run_simt(
     map_shape = (batch, heads, grid.groups, grid.key_tiles)
     state = arrays.full(q, map_shape, 0, "uint8")
     gap = arrays.full(q, map_shape, -np.inf)
-    ln_lam = arrays.from_numpy(ln_threshold(lam), q)
+    ln_lam = arrays.from_numpy(ln_threshold(settings.threshold), q)
     stream = 0
     if not config.ENABLE_CUDASIM and (handle := arrays.current_stream(q)):
         stream = cuda.external_stream(handle)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", NumbaPerformanceWarning)  # lessons launch small grids
         kernel[(grid.groups, heads, batch), grid.rows, stream](
-            *(_bare(arrays.as_float32(x)) for x in (q, k, v)),
-            np.float32(scale),
-            _bare(ln_lam),
+            *(arrays.bare(arrays.as_float32(x)) for x in (q, k, v)),
+            np.float32(settings.scale),
+            arrays.bare(ln_lam),
             grid.causal,
-            ORDERS.index(order),
-            *(_bare(x) for x in (out, lse, bound, state, gap)),
+            ORDERS.index(settings.order),
+            *(arrays.bare(x) for x in (out, lse, bound, state, gap)),
         )
-    return out, SkipReport(state, gap, lse, bound, grid, order, lam, "simt")
+    return out, SkipReport(state, gap, lse, bound, grid, settings.order, settings.threshold, "simt")
 
 
-def _bare(array: Any) -> Any:
-    """Give Numba a CPU tensor of PyTorch as the NumPy array that shares its memory."""
-    on_cpu_torch = arrays.library_of(array) == "torch" and not array.is_cuda
-    return array.numpy() if on_cpu_torch else array
-
-
-def _run_reference(
-    q: Any, k: Any, v: Any, scale: float, lam: NDArray[np.float64], grid: Grid, order: str
-) -> tuple[Any, SkipReport]:
+def _run_reference(q: Any, k: Any, v: Any, settings: Settings) -> tuple[Any, SkipReport]:
     from sim.skip_softmax import attend, scan
 
-    results: list[tuple[NDArray, ...]] = []
-    for b in range(q.shape[0]):
+    grid, lam = settings.grid, settings.threshold
+    batch, lq, heads, _ = q.shape
+    map_shape = (batch, heads, grid.groups, grid.key_tiles)
+    out = np.zeros((batch, lq, heads, v.shape[3]), np.float32)
+    state, gap = np.zeros(map_shape, np.uint8), np.full(map_shape, -np.inf, np.float32)
+    lse = np.full((batch, heads, lq), -np.inf, np.float32)
+    bound = np.zeros((batch, heads, lq), np.float32)
+    for b, (_, rows, _, keys) in enumerate(settings.spans.tolist()):
+        if rows == 0 or keys == 0:
+            continue
         q_b, k_b, v_b = (
-            np.moveaxis(arrays.to_numpy(arrays.as_float32(x[b])), 1, 0) for x in (q, k, v)
+            np.moveaxis(arrays.to_numpy(arrays.as_float32(x[b, :n])), 1, 0)
+            for x, n in ((q, rows), (k, keys), (v, keys))
         )
         one = scan(
             q_b,
             k_b,
             tile=grid.tile,
             causal=grid.causal,
-            order=order,
-            softmax_scale=scale,
+            window=grid.window,
+            order=settings.order,
+            softmax_scale=settings.scale,
             keep_row_max=bool((lam[b] > 1).any()),
         )
         tiles = one.decide(lam[b], short_context="allow")  # what to do above 1 was resolved before
-        done = attend(q_b, k_b, v_b, tiles, softmax_scale=scale)
-        output = np.moveaxis(done.output, 0, 1)
-        results.append((output, tiles.state, one.gap, done.lse, done.dropped_mass_bound))
-    out, *fields = (arrays.from_numpy(np.stack(x), q) for x in zip(*results, strict=True))
-    return out, SkipReport(*fields, grid, order, lam, "reference")
-
-
-def _check_tensors(q: Any, k: Any, v: Any) -> tuple[int, ...]:
-    """Check what can be known before a launch; give the shape of the output."""
-    for name, array in (("q", q), ("k", k), ("v", v)):
-        library = arrays.library_of(array)
-        if array.ndim != 4 or 0 in array.shape:
-            raise ValueError(
-                f"{name} must be [batch, length, heads, head_dim], none of them 0; "
-                f"got shape {tuple(array.shape)}"
-            )
-        if arrays.dtype_name(array) not in arrays.DTYPES:
-            raise ValueError(
-                f"{name} must be {', '.join(arrays.DTYPES)}; got {arrays.dtype_name(array)}"
-            )
-        if library != arrays.library_of(q) or array.dtype != q.dtype:
-            raise ValueError(
-                f"q, k and v must share library and dtype; q is {arrays.library_of(q)} "
-                f"{arrays.dtype_name(q)}, {name} is {library} {arrays.dtype_name(array)}"
-            )
-        if arrays.device_of(array) != arrays.device_of(q):
-            raise ValueError(
-                f"q, k and v must be on one device; q is on {arrays.device_of(q)}, "
-                f"{name} on {arrays.device_of(array)}"
-            )
-        _check_layout(name, array)
-        if arrays.wants_gradient(array):
-            raise ValueError(
-                f"{name} requires a gradient, and there is no backward pass: call under "
-                "torch.no_grad(), or on tensors that require none"
-            )
-    if q.shape[3] != k.shape[3]:
-        raise ValueError(f"q and k must share head_dim, got {q.shape[3]} and {k.shape[3]}")
-    if k.shape[:3] != v.shape[:3]:
-        raise ValueError(
-            f"k and v must share batch, length and heads, got {tuple(k.shape)} and {tuple(v.shape)}"
-        )
-    if q.shape[0] != k.shape[0]:
-        raise ValueError(f"q and k must share batch, got {q.shape[0]} and {k.shape[0]}")
-    if q.shape[2] % k.shape[2]:
-        raise ValueError(
-            f"query heads must be a multiple of KV heads, got {q.shape[2]} and {k.shape[2]}"
-        )
-    return (*q.shape[:3], v.shape[3])
-
-
-def _check_layout(name: str, array: Any) -> None:
-    strides, address = arrays.layout(array)
-    item = 4 if arrays.dtype_name(array) == "float32" else 2
-    outer = [s for s, n in zip(strides[:3], array.shape[:3], strict=True) if n > 1]
-    if array.shape[3] > 1 and strides[3] != item:
-        raise ValueError(f"{name} must be contiguous along head_dim, got strides {strides} bytes")
-    if any(s % 16 for s in outer) or address % 16:
-        raise ValueError(
-            f"{name} must start, and step, at multiples of 16 bytes; "
-            f"got strides {strides} bytes at address 0x{address:x}"
-        )
-
-
-def _check_out(out: Any, q: Any, shape: tuple[int, ...]) -> None:
-    if arrays.library_of(out) != arrays.library_of(q) or tuple(out.shape) != shape:
-        raise ValueError(
-            f"out must be a {arrays.library_of(q)} array of shape {shape}, "
-            f"got {arrays.library_of(out)} {tuple(out.shape)}"
-        )
-    if out.dtype != q.dtype or arrays.device_of(out) != arrays.device_of(q):
-        raise ValueError(
-            f"out must share dtype and device with q, got {arrays.dtype_name(out)} "
-            f"on {arrays.device_of(out)}"
-        )
-    _check_layout("out", out)
+        done = attend(q_b, k_b, v_b, tiles, softmax_scale=settings.scale)
+        out[b, :rows] = np.moveaxis(done.output, 0, 1)
+        lse[b, :, :rows], bound[b, :, :rows] = done.lse, done.dropped_mass_bound
+        groups, key_tiles = tiles.state.shape[1:]
+        state[b, :, :groups, :key_tiles], gap[b, :, :groups, :key_tiles] = tiles.state, one.gap
+    fields = (arrays.from_numpy(x, q) for x in (state, gap, lse, bound))
+    report = SkipReport(*fields, grid, settings.order, lam, "reference")
+    return arrays.from_numpy(out, q), report
 
 
 def _check_device(q: Any, backend: str, kind: str) -> None:

@@ -12,7 +12,7 @@ import math
 
 import numpy as np
 
-from cuda_kernels.ptx.language import cpu_body, ex2, f32, fmax, fragment, pack, shfl_bfly_f32
+from cuda_kernels.ptx.language import cpu_body, ex2, f32, fmax, fragment, pack, shfl_bfly_f32, u32
 
 
 @fragment
@@ -86,6 +86,51 @@ def pack_rows(packed, tile, n, dtype):
             packed[j, 2 * i + 1] = pack(tile[2 * j + i, 2], tile[2 * j + i, 3], dtype)
 
 
+@fragment
+def exp2_pack(packed, tile, sums, m, scale, i, dtype):
+    """Turn scores of 32 rows × keys 16 i … 16 i + 15 into weights, rounded as the A operand.
+
+    ``tile`` is 2 × n × 4: two blocks of 16 rows; ``packed`` 2 × 4.  A weight is 2**(x·scale − m);
+    ``m`` and ``sums`` have an entry for each of a thread's four rows, and the weights are added to
+    the sums.
+    """
+    for x in range(2):
+        for half in range(2):
+            r = 2 * x + half
+            for z in range(2):
+                low = ex2(f32(tile[x, 2 * i + z, 2 * half] * scale - m[r]))
+                high = ex2(f32(tile[x, 2 * i + z, 2 * half + 1] * scale - m[r]))
+                sums[r] = f32(f32(sums[r] + low) + high)
+                packed[x, 2 * z + half] = pack(low, high, dtype)
+
+
+@fragment
+def pick(x, i):
+    """Return entry ``i`` of four, known only at run time: the array stays in registers."""
+    low = x[1] if i & u32(1) else x[0]
+    high = x[3] if i & u32(1) else x[2]
+    return high if i & u32(2) else low
+
+
+@fragment
+def quad_scatter_sum(x, quad_lane):
+    """Add up the four lanes' entries; lane ``quad_lane`` of the quad gets the sum of that entry."""
+    odd, upper = quad_lane & u32(1), quad_lane & u32(2)
+    low = f32((x[1] if odd else x[0]) + shfl_bfly_f32(x[0] if odd else x[1], 1))
+    high = f32((x[3] if odd else x[2]) + shfl_bfly_f32(x[2] if odd else x[3], 1))
+    return f32((high if upper else low) + shfl_bfly_f32(low if upper else high, 2))
+
+
+@fragment
+def chunk_at(address, n):
+    """Address of an even 16-byte chunk of a row, given that of its chunk 0, or of 1 for 1 + n.
+
+    Rows are whole multiples of 128 bytes, and chunk c of row r lies where c ^ (r % 8) would: then
+    neither the rows of a matrix nor the chunks of a row meet in a bank.
+    """
+    return u32(u32(address ^ u32((n & 6) * 16)) + u32((n >> 3) * 128))
+
+
 @cpu_body(fill)
 def _fill(tile, n, value):
     tile[:n] = value
@@ -115,3 +160,12 @@ def _scale_rows(tile, n, upper, lower):
 def _pack_rows(packed, tile, n, dtype):
     pairs = tile[:n].reshape(n // 2, 2, 2, 2)  # [j, i, row, column]
     packed[: n // 2] = pack(pairs[..., 0], pairs[..., 1], dtype).reshape(n // 2, 4)
+
+
+@cpu_body(exp2_pack)
+def _exp2_pack(packed, tile, sums, m, scale, i, dtype):
+    s = tile[:, 2 * i : 2 * i + 2].reshape(2, 2, 2, 2).swapaxes(1, 2)  # [x, half, z, column]
+    p = ex2(s * np.float32(scale) - m.reshape(2, 2, 1, 1))
+    parts = np.concatenate([sums[:, None], p.reshape(4, 4)], axis=1)
+    sums[:] = np.add.accumulate(parts, axis=1, dtype=np.float32)[:, -1]
+    packed[...] = pack(p[..., 0], p[..., 1], dtype).swapaxes(1, 2).reshape(2, 4)

@@ -2,11 +2,14 @@
 
 :func:`assemble` takes Numba's own way (NVVM, link-time optimisation, nvJitLink) to a cubin for any
 architecture, with no GPU, and reads registers, stack, spills and instructions out of it.
-:func:`load` and :func:`launch` run one build of a kernel for arrays of any strides on this GPU.
+:func:`load` and :func:`launch` run one build of a kernel for arrays of any strides on this GPU;
+:func:`encode` describes an array to its copy unit.
 """
 
 from __future__ import annotations
 
+import ctypes
+import math
 import re
 import subprocess
 import tempfile
@@ -16,6 +19,11 @@ from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cuda_kernels.ptx.tensor_map import TensorMap
 
 ARCHITECTURES = ("sm_80", "sm_86", "sm_89", "sm_90a", "sm_100a", "sm_120a")
 """What every kernel that claims Ampere and later is assembled for."""
@@ -111,7 +119,8 @@ def assemble(kernel: Any, signature: Any, arch: str) -> Assembled:
     kernel : ``@cuda.jit`` kernel
         Its options (``launch_bounds``, ``fastmath``, ``max_registers``) are kept.
     signature : str or Numba signature
-        Types of the arguments, such as ``"void(uint16[:,:,:,::1], float32)"``.
+        Types of the arguments, such as ``"void(uint16[:,:,:,::1], float32)"``; ``tensor_map`` is
+        that of a :class:`~cuda_kernels.ptx.tensor_map.TensorMap`.
     arch : str
         Such as ``sm_80`` or ``sm_90a``.
 
@@ -133,7 +142,7 @@ def assemble(kernel: Any, signature: Any, arch: str) -> Assembled:
     options = kernel.targetoptions
     library, _ = _compile_pyfunc_with_fixup(
         kernel.py_func,
-        signature,
+        _parsed(signature),
         device=False,
         abi="numba",
         cc=capability,
@@ -155,6 +164,17 @@ def assemble(kernel: Any, signature: Any, arch: str) -> Assembled:
     return _read(kernel.py_func.__name__, arch, cubin, log)
 
 
+def _parsed(signature: Any) -> Any:
+    """Return Numba's signature, of its types and tensor maps."""
+    from numba.cuda import types
+
+    from cuda_kernels.ptx.compiler import TENSOR_MAP
+
+    if not isinstance(signature, str):
+        return signature
+    return eval(signature, {}, {**vars(types), "tensor_map": TENSOR_MAP})
+
+
 def _capability(arch: str) -> tuple[Any, ...]:
     match = re.fullmatch(r"sm_(\d+)(\d)([af]?)", arch)
     if not match:
@@ -173,7 +193,7 @@ def _read(kernel: str, arch: str, cubin: bytes, log: str) -> Assembled:
     spills = re.search(r"(\d+) bytes spill stores, (\d+) bytes spill loads", log)
     if not resources or spills is None:
         raise RuntimeError(f"the assembler's report of {kernel} for {arch} has another form")
-    opcodes = Counter(re.findall(r"/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)", sass))
+    opcodes = Counter(re.findall(r"/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.x]*)", sass))
     return Assembled(
         kernel=kernel,
         arch=arch,
@@ -230,7 +250,7 @@ def load(kernel: Any, signature: str, shared_bytes: int, device: int) -> Any:
     from cuda.bindings import driver
     from numba.core import sigutils
 
-    compiled = kernel.compile(sigutils.normalize_signature(signature)[0])
+    compiled = kernel.compile(sigutils.normalize_signature(_parsed(signature))[0])
     function = compiled._codelibrary.get_cufunc()
     (status,) = driver.cuKernelSetAttribute(
         driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES,
@@ -265,7 +285,7 @@ def launch(
         Handle of a CUDA stream; 0 is the default stream.
     shared_bytes : int
     *args
-        Arrays and NumPy scalars of exactly the signature's types.
+        Arrays and NumPy scalars of exactly the signature's types, and ``TensorMap``.
     """
     from numba import cuda
     from numba.core.errors import NumbaPerformanceWarning
@@ -273,4 +293,151 @@ def launch(
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", NumbaPerformanceWarning)  # of small grids
         how = kernel[grid, threads, cuda.external_stream(stream) if stream else 0, shared_bytes]
-    compiled.launch(args, how.griddim, how.blockdim, how.stream, how.sharedmem)
+    if any(isinstance(argument, TensorMap) for argument in args):
+        _launch_by_pointers(compiled, how, stream, args)
+    else:
+        compiled.launch(args, how.griddim, how.blockdim, how.stream, how.sharedmem)
+
+
+class Launcher:
+    """A launch made ready: of one call to the next, only the stream and addresses change.
+
+    Numba looks at every argument of every launch; here the driver is handed parameters that were
+    laid out once, which takes it a few microseconds.  Not for two host threads at a time.
+
+    Parameters
+    ----------
+    compiled
+        Got from :func:`load`.
+    grid : tuple of int
+        Blocks in x, y, z.
+    threads : int
+        Of a block.
+    shared_bytes : int
+    *args
+        In the order of the signature: an array as ``(shape, strides in bytes, bytes of an
+        element)``, whose address comes with each launch; or a scalar of ``ctypes``.
+    """
+
+    def __init__(
+        self, compiled: Any, grid: tuple[int, int, int], threads: int, shared_bytes: int, *args: Any
+    ) -> None:
+        from cuda.bindings import driver
+
+        self._addresses: list[ctypes.c_void_p] = []
+        values: list[Any] = []
+        for argument in args:
+            if not isinstance(argument, tuple):
+                values.append(argument)
+                continue
+            shape, strides, item = argument  # an array is several parameters: see Numba's ABI
+            address = ctypes.c_void_p(0)
+            self._addresses.append(address)
+            values += [ctypes.c_void_p(0), ctypes.c_void_p(0)]
+            values += [ctypes.c_int64(math.prod(shape)), ctypes.c_int64(item), address]
+            values += [ctypes.c_int64(n) for n in (*shape, *strides)]
+        self._values = values
+        self._pointers = (ctypes.c_void_p * len(values))(*map(ctypes.addressof, values))
+        self._where = (*grid, threads, 1, 1, shared_bytes)
+        self._function = driver.CUfunction(int(compiled._codelibrary.get_cufunc().handle))
+        self._parameters = ctypes.addressof(self._pointers)
+        self._launch, self._success = driver.cuLaunchKernel, driver.CUresult.CUDA_SUCCESS
+
+    def __call__(self, stream: int, *addresses: int) -> None:
+        """Launch.
+
+        Parameters
+        ----------
+        stream : int
+            Handle of a CUDA stream; 0 is the default stream.
+        *addresses : int
+            Of the arrays, in the order of the signature.
+
+        Raises
+        ------
+        RuntimeError
+            If the driver refuses.
+        """
+        for slot, address in zip(self._addresses, addresses, strict=True):
+            slot.value = address
+        (status,) = self._launch(self._function, *self._where, stream, self._parameters, 0)
+        if status != self._success:
+            raise RuntimeError(f"the launch failed: {status.name}")
+
+
+def _launch_by_pointers(compiled: Any, how: Any, stream: int, args: tuple[Any, ...]) -> None:
+    """Launch with tensor maps, which are by-value parameters that Numba's launch knows nothing of.
+
+    The driver copies every parameter from where its pointer says.
+    """
+    from cuda.bindings import driver
+
+    kept: list[Any] = []
+    pointers = []
+    for kind, argument in zip(compiled.argument_types, args, strict=True):
+        if isinstance(argument, TensorMap):
+            kept.append(encode(argument))
+            pointers.append(kept[-1].ctypes.data)
+            continue
+        flat: list[Any] = []  # an array is several parameters
+        compiled._prepare_args(kind, argument, how.stream, [], flat)
+        for value in flat:
+            kept.append(value if hasattr(value, "value") else ctypes.c_int64(int(value)))
+            pointers.append(ctypes.addressof(kept[-1]))
+    parameters = (ctypes.c_void_p * len(pointers))(*pointers)
+    function = driver.CUfunction(int(compiled._codelibrary.get_cufunc().handle))
+    (status,) = driver.cuLaunchKernel(
+        function, *how.griddim, *how.blockdim, how.sharedmem, driver.CUstream(stream),
+        ctypes.addressof(parameters), 0,
+    )  # fmt: skip
+    if status != driver.CUresult.CUDA_SUCCESS:
+        raise RuntimeError(f"the launch failed: {status.name}")
+
+
+def encode(tensor_map: TensorMap) -> NDArray[np.uint8]:
+    """Return the driver's form of a tensor map: boxes swizzled, zeros outside the array.
+
+    Parameters
+    ----------
+    tensor_map : TensorMap
+        Of an array on a GPU.
+
+    Returns
+    -------
+    uint8 [128]
+        At a multiple of 64 bytes; valid while the array is where it is.
+
+    Raises
+    ------
+    RuntimeError
+        If the driver does not take it, which says why the array cannot be copied so.
+    """
+    from cuda.bindings import driver
+
+    kinds = driver.CUtensorMapDataType
+    kind = {
+        1: kinds.CU_TENSOR_MAP_DATA_TYPE_UINT8,
+        2: kinds.CU_TENSOR_MAP_DATA_TYPE_UINT16,
+        4: kinds.CU_TENSOR_MAP_DATA_TYPE_UINT32,
+    }[tensor_map.itemsize]
+    # The driver's axes run the other way, the innermost first, whose stride it knows.
+    status, encoded = driver.cuTensorMapEncodeTiled(
+        kind,
+        len(tensor_map.shape),
+        tensor_map.address,
+        [driver.cuuint64_t(n) for n in reversed(tensor_map.shape)],
+        [driver.cuuint64_t(n) for n in reversed(tensor_map.strides[:-1])],
+        [driver.cuuint32_t(n) for n in reversed(tensor_map.box)],
+        [driver.cuuint32_t(1)] * len(tensor_map.shape),
+        driver.CUtensorMapInterleave.CU_TENSOR_MAP_INTERLEAVE_NONE,
+        driver.CUtensorMapSwizzle.CU_TENSOR_MAP_SWIZZLE_128B,
+        driver.CUtensorMapL2promotion.CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
+        driver.CUtensorMapFloatOOBfill.CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE,
+    )
+    if status != driver.CUresult.CUDA_SUCCESS:
+        raise RuntimeError(f"{tensor_map} cannot be encoded: {status.name}")
+    room = np.empty(192, np.uint8)
+    start = -room.ctypes.data % 64
+    aligned = room[start : start + 128]
+    ctypes.memmove(aligned.ctypes.data, encoded.getPtr(), 128)
+    return aligned

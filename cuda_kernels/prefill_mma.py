@@ -1,48 +1,76 @@
 """Skip-softmax prefill on the tensor cores of Ampere and later, by ``mma.sync`` and ``cp.async``.
 
-One thread block is one vote group of one head: 4 warps, 64 query rows.  Each warp holds 16 rows:
-their scores against a whole key tile (128 keys), and their output, stay in registers.  Two blocks
-share a multiprocessor, so that the exponentials of one run beside the products of the other.
+One thread block is one vote group of one head: 64 query rows.  Its four warps split a tile of
+scores 2 × 2: each has 32 rows against 64 of the tile's 128 keys, so that a fragment of K or V,
+once loaded, serves two products.  A warp keeps maxima, sums and output of its own half of the
+keys; the halves are merged once, at the end, as two splits of a KV cache would be.  Two blocks
+share a multiprocessor, so that one waits for memory while the other computes.
 
-    K    K₀ ─► K₁ ───────────► K₂ ───────────►        two stages: the next is always on its way
-    V          V₀ ──────►      V₁ ──────►             one stage
-    warps      S=QKᵀ vote p PV S=QKᵀ vote ·           (· skipped)
+    copies    K₀  V₀      K₁  V₁      K₂                one stage each
+    warps        S=QKᵀ vote p·PV   S=QKᵀ vote   S=QKᵀ   (V₁ was skipped)
 
 The vote is an AND over rows *and* columns, so every thread votes on the maxima of its own columns;
-the shuffles that complete a row's maximum stand on the kept path only.  Infinities are meant as
-such, so the kernel is compiled without the fast-math promise that there are none.
+the shuffles that complete a row's maximum stand on the kept path only.  It compares with the
+maxima of both halves, which warps leave for each other in shared memory, and its barrier is the
+one that V's arrival needs anyway.  Infinities are meant as such, so the kernel is compiled without
+the fast-math promise that there are none.
+
+Registers are the scarce thing (255, of which output and scores take 192): running maxima, sums and
+bounds lie in shared memory between tiles, and what little else a thread needs is computed ``anew``.
 """
 
 import math
 from functools import cache
 
-from cuda_kernels.fragments import fill, pack_rows, quad_sum, scale_rows
+import numpy as np
+
+from cuda_kernels.fragments import (
+    chunk_at,
+    exp2_pack,
+    fill,
+    pick,
+    quad_max,
+    quad_scatter_sum,
+    row_max,
+    scale_rows,
+)
 from cuda_kernels.ptx.language import (
-    bar_red_and,
+    anew,
+    bits_float,
+    cp_async_16,
     cp_async_16_zfill,
     cp_async_commit,
     cp_async_wait,
+    cpu_body,
     cuda,
     ex2,
     f32,
+    float_bits,
     fmax,
     fragment,
     global_address,
     i32,
+    ld_shared_4f,
+    ld_shared_32,
     ld_shared_128,
     ldmatrix_x4,
     ldmatrix_x4_trans,
     mark_tile,
     mma_m16n8k16,
     pack,
+    rcp,
     shared_address,
     shfl_bfly_f32,
+    shfl_idx_u32,
     st_global_128,
+    st_shared_4f,
     st_shared_32,
+    sync_warp,
     u8,
     u32,
     u64,
-)  # fmt: skip
+    vote_all,
+)
 
 ROWS, KEYS = 64, 128  # the decision grid
 THREADS = 128
@@ -50,107 +78,113 @@ LOG2_E = math.log2(math.e)
 BOUND_SAFETY = 1.01  # covers approximate exponentials
 ASCENDING, DESCENDING, ENDS_FIRST = 0, 1, 2
 NO_WINDOW = 1 << 30
+HALF = 4 * ROWS  # bytes of the running maxima of one half of the keys
+SLOT = 16 * THREADS  # bytes of four numbers a thread
 SIGNATURE = (  # arrays of any strides: one build serves them all
-    "void(int16[:,:,:,:], int16[:,:,:,:], int16[:,:,:,:], int16[:,:,:,:], float32[:,::1], "
-    "float32[:,:,::1], float32[:,:,::1], uint8[:,:,:,::1], float32[:,:,:,::1], "
-    "float32, boolean, int32, int32)"
+    "void(int16[:,:,:,:], int16[:,:,:,:], int16[:,:,:,:], int16[:,:,:,:], int32[:,::1], "
+    "float32[:,::1], float32[:,:,:], float32[:,:,:], uint8[:,:,:,::1], float32[:,:,:,::1], "
+    "float32, boolean, int32, int32, boolean)"
 )
 
 
 def shared_bytes(head_dim, v_head_dim):
-    """Dynamic shared memory of a block: Q, two stages of K, one of V."""
-    return 2 * (ROWS * head_dim + 2 * KEYS * head_dim + KEYS * v_head_dim)
+    """Dynamic shared memory of a block: Q, K, V, and what warps and threads leave there."""
+    return 2 * (ROWS * head_dim + KEYS * head_dim + KEYS * v_head_dim) + 2 * HALF + 256 + 2 * SLOT
 
 
 @fragment
-def swizzled(row, chunk, width):
-    """Byte of a 16-byte chunk in a tile of rows of ``width`` chunks, free of bank conflicts."""
-    return u32((row * width + (chunk ^ (row & u32(7)))) * 16)
+def uniform(x):
+    """Say of an integer that the whole warp shares that it does: it can leave the registers."""
+    return i32(shfl_idx_u32(u32(x), u32(0)))
 
 
 @fragment
-def load_rows(shared, array, batch, head, first, length, thread, rows, width):
-    """Begin to copy rows first … first + rows − 1 of a head; zeros beyond row length − 1."""
-    row, column = u32(thread // u32(width)), u32(thread % u32(width))
-    source = global_address(array, (batch, i32(first + i32(row)), head, i32(8 * column)))
-    step = u64(THREADS // width * u64(array.strides[1]))
-    for i in range(rows * width // THREADS):
-        r = u32(row + i * (THREADS // width))
-        size = u32(16) if i32(first + i32(r)) < length else u32(0)
-        cp_async_16_zfill(u32(shared + swizzled(r, column, width)), source, size)
-        source = u64(source + step)
+def row_of(thread):
+    """Topmost row of a thread in its block; it has those 8, 16 and 24 rows below, too."""
+    return u32((thread & u32(32)) + ((thread & u32(31)) >> u32(2)))
 
 
 @fragment
-def load_k(b, k_tile, d, half, lane, width):
-    """Load fragments of Kᵀ, dimensions 16 d and on × 16 keys: those of one half of the keys."""
-    for i in range(4):
-        row = u32(16 * (4 * half + i) + (lane & u32(7)) + (lane >> u32(4)) * 8)
-        chunk = u32(2 * d + ((lane >> u32(3)) & u32(1)))
-        ldmatrix_x4(b[i], u32(k_tile + swizzled(row, chunk, width)))
+def load_rows(shared, source, first, step, left, rows, width, thread):
+    """Begin to copy ``rows`` rows of ``width`` 16-byte chunks; zeros from the row ``left`` on.
+
+    They are row ``first`` of ``source`` and the next ones, ``step`` bytes apart.  A thread copies
+    chunk thread % 8 and every eighth after it, of row thread // 8 and every sixteenth after it.
+    """
+    row, chunk = u32(thread >> u32(3)), u32(thread & u32(7))
+    offset = u32(u32(row * step + chunk * 16) + u32(first) * step)
+    target = u32(shared + (row * width + (chunk ^ (row & u32(7)))) * 16)
+    if left >= rows:
+        for i in range(rows // 16):
+            for c in range(width // 8):
+                to = u32(target + (16 * i * width + 8 * c) * 16)
+                cp_async_16(to, u64(source + u64(offset) + 128 * c))
+            offset = u32(offset + u32(16 * step))
+    else:
+        for i in range(rows // 16):
+            size = u32(16) if i32(row) + 16 * i < left else u32(0)
+            for c in range(width // 8):
+                to = u32(target + (16 * i * width + 8 * c) * 16)
+                cp_async_16_zfill(to, u64(source + u64(offset) + 128 * c), size)
+            offset = u32(offset + u32(16 * step))
 
 
 @fragment
-def load_v(b, v_tile, i, half, lane, width):
-    """Load fragments of V, keys 16 i and on × 16 dimensions: of one half of the dimensions."""
-    for x in range(width // 4):
-        row = u32(16 * i + (lane & u32(15)))
-        chunk = u32(2 * (width // 4 * half + x) + (lane >> u32(4)))
-        ldmatrix_x4_trans(b[x], u32(v_tile + swizzled(row, chunk, width)))
+def load_q(a, q_lane, d, width):
+    """Load fragments of Q: 32 rows × dimensions 16 d and on."""
+    for x in range(2):
+        ldmatrix_x4(a[x], u32(chunk_at(q_lane, 2 * d) + u32(256 * x * width)))
 
 
 @fragment
-def multiply(c, a, b, half, n, dtype):
-    """Add the products of A with n fragments of B to one half of the accumulator tiles."""
-    for i in range(n):
-        mma_m16n8k16(c[2 * (n * half + i)], a, b[i, 0], dtype)
-        mma_m16n8k16(c[2 * (n * half + i) + 1], a, b[i, 1], dtype)
+def load_k(b, k_lane, d, half, width):
+    """Load fragments of Kᵀ: dimensions 16 d and on × 32 keys."""
+    for x in range(2):
+        ldmatrix_x4(b[x], u32(chunk_at(k_lane, 2 * d) + u32(256 * (2 * half + x) * width)))
 
 
 @fragment
-def columns_max(s, blocks):
-    """Return the largest score of the upper and of the lower row, in this thread's columns."""
-    upper, lower = fmax(s[0, 0], s[0, 1]), fmax(s[0, 2], s[0, 3])
-    for j in range(1, blocks):
-        upper = fmax(upper, fmax(s[j, 0], s[j, 1]))
-        lower = fmax(lower, fmax(s[j, 2], s[j, 3]))
-    return upper, lower
+def load_v(b, v_lane, i, part, width):
+    """Load fragments of V: keys 16 i and on × 32 dimensions."""
+    for x in range(2):
+        ldmatrix_x4_trans(b[x], u32(chunk_at(v_lane, 4 * part + 2 * x) + u32(256 * i * width)))
 
 
 @fragment
-def row_max(x):
-    """Complete the maximum of a row: over the four lanes that share it."""
-    x = fmax(x, shfl_bfly_f32(x, 1))
-    return fmax(x, shfl_bfly_f32(x, 2))
-
-
-@fragment
-def exp_rows(s, blocks, scale, upper, lower):
-    """Replace every score by 2**(score · scale − m); return this thread's part of the row sums."""
-    upper_sum, lower_sum = f32(0.0), f32(0.0)
-    for j in range(blocks):
-        for i in range(2):
-            s[j, i] = ex2(f32(s[j, i] * scale - upper))
-            s[j, i + 2] = ex2(f32(s[j, i + 2] * scale - lower))
-            upper_sum = f32(upper_sum + s[j, i])
-            lower_sum = f32(lower_sum + s[j, i + 2])
-    return upper_sum, lower_sum
+def multiply(c, a, b, part, dtype):
+    """Add A [32, 16] times B [16, 32] to columns 32 part and on of an accumulator."""
+    for x in range(2):
+        for y in range(2):
+            mma_m16n8k16(c[x, 4 * part + 2 * y], a[x], b[y, 0], dtype)
+            mma_m16n8k16(c[x, 4 * part + 2 * y + 1], a[x], b[y, 1], dtype)
 
 
 @fragment
 def mask_row(s, blocks, half, column, first, end):
-    """Hide the scores of one row outside keys first … end − 1; return how many stay.
+    """Hide the scores of one row outside keys first … end − 1.
 
     ``half`` is 0 for the upper row, 2 for the lower one; ``column`` is this thread's first key.
     """
-    seen = i32(0)
     for j in range(blocks):
         for i in range(2):
             key = i32(column + 8 * j + i)
             if key < first or key >= end:
                 s[j, half + i] = f32(-math.inf)
-            else:
-                seen = i32(seen + 1)
+
+
+@cpu_body(mask_row)
+def _mask_row(s, blocks, half, column, first, end):
+    keys = column + 8 * np.arange(blocks)[:, None] + np.arange(2)
+    s[:blocks, half : half + 2][(keys < first) | (keys >= end)] = -np.inf
+
+
+@fragment
+def count_visible(s, blocks, half):
+    """Count the scores of one row that are not hidden."""
+    seen = f32(0.0)
+    for j in range(blocks):
+        for i in range(2):
+            seen = f32(seen + (f32(1.0) if s[j, half + i] > -math.inf else f32(0.0)))
     return seen
 
 
@@ -159,7 +193,7 @@ def end_of(row, lq, lk, causal):
     """Keys before the first that a query row does not see any more; 0 for a padding row."""
     end = lk
     if causal:
-        end = min(max(i32(row + 1 + lk - lq), i32(0)), lk)
+        end = i32(min(max(i32(row + 1 + lk - lq), i32(0)), lk))
     return i32(0) if row >= lq else end
 
 
@@ -181,184 +215,304 @@ def make_kernel(head_dim, v_head_dim, dtype, skip, with_gap):
     ``skip=False`` is the dense kernel; ``with_gap`` also writes the gap of every tile.
     """
     width, v_width = head_dim // 8, v_head_dim // 8  # 16-byte chunks in a row
-    steps, blocks, pairs, v_blocks = head_dim // 16, KEYS // 8, KEYS // 16, v_head_dim // 8
-    q_bytes, k_bytes = 2 * ROWS * head_dim, 2 * KEYS * head_dim
+    steps, blocks, v_blocks = head_dim // 16, KEYS // 2 // 8, v_head_dim // 8
+    pairs, parts = KEYS // 2 // 16, v_head_dim // 32
+    q_bytes, k_bytes, v_bytes = 2 * ROWS * head_dim, 2 * KEYS * head_dim, 2 * KEYS * v_head_dim
+    q_stays = head_dim == 64  # in registers, and so do the running sums where there is room
+    sums_stay = q_stays and not skip
+    q_stages = steps if q_stays else 2
+    compares = skip or with_gap
     minus_infinity = -math.inf
 
-    @cuda.jit(launch_bounds=(THREADS, 2))
+    @cuda.jit(launch_bounds=(THREADS, 2 if head_dim <= 128 else 1))
     def skip_softmax_prefill_mma(
         q, k, v, out,  # [B, Lq, Hq, D], [B, Lk, Hkv, D], [B, Lk, Hkv, Dv], [B, Lq, Hq, Dv]; 16 bits
+        spans,  # [B, 4] int32: first query row, query rows, first key, keys of each request
         ln_lam,  # [B, Hq] float32
         lse, bound,  # [B, Hq, Lq] float32, results
-        state, gap,  # [B, Hq, groups, key tiles] uint8 and float32, results; untouched where masked
-        scale, causal, window, order,
+        state, gap,  # [B, Hq, groups, key tiles] uint8 and float32, results; gaps begin at −inf
+        scale, causal, window, order, padded,  # padded: rows beyond a request's own become 0
     ):  # fmt: skip
-        memory = cuda.shared.array(0, u8, alignment=128)
+        memory = cuda.shared.array(0, u8, alignment=1024)
         base = shared_address(memory, 0)
-        k_base, v_tile = u32(base + q_bytes), u32(base + q_bytes + 2 * k_bytes)
+        k_tile, v_tile = u32(base + q_bytes), u32(base + q_bytes + k_bytes)
+        maxima = u32(v_tile + v_bytes)  # [half of the keys, 64 rows]
+        verdicts = u32(maxima + 2 * HALF)  # of the four warps, and ln λ
+        history = u32(verdicts + 128)  # decisions of the last 32 steps
+        slots = u32(history + 128)  # of each thread: its 4 running sums; u and what that refers to
         thread = u32(cuda.threadIdx.x)
-        warp, lane = u32(thread >> u32(5)), u32(thread & u32(31))
-        head, batch = i32(cuda.blockIdx.y), i32(cuda.blockIdx.z)
-        lq, lk = i32(q.shape[1]), i32(k.shape[1])
-        kv_head = i32(head // i32(q.shape[2] // k.shape[2]))
+        lane, quad_lane = u32(thread & u32(31)), u32(thread & u32(3))
+        row_half, key_half = u32((thread >> u32(5)) & u32(1)), u32(thread >> u32(6))
+        head, batch = uniform(cuda.blockIdx.y), uniform(cuda.blockIdx.z)
+        kv_head = uniform(u32(head) // (u32(q.shape[2]) // u32(k.shape[2])))
+        q_first, lq = uniform(spans[batch, 0]), uniform(spans[batch, 1])
+        k_first, lk = uniform(spans[batch, 2]), uniform(spans[batch, 3])
 
         # --- which rows, and which keys they see: the longest rows first
         group = i32(i32(cuda.gridDim.x) - 1 - i32(cuda.blockIdx.x))
         row0 = i32(group * ROWS)
-        upper = i32(row0 + i32(warp * 16 + (lane >> u32(2))))
-        lower = i32(upper + 8)
-        end_first = end_of(row0, lq, lk, causal)  # keys that every real row of the group sees
-        end_last = end_of(min(i32(row0 + ROWS), lq) - 1, lq, lk, causal)
+        last_row = i32(min(i32(row0 + ROWS), lq) - 1)
+        end_first = i32(end_of(row0, lq, lk, causal))  # keys that every real row of the group sees
+        end_last = i32(end_of(last_row, lq, lk, causal)) if row0 < lq else i32(0)
         first = i32(max(i32(end_first - window), i32(0)) // KEYS)
-        n = max(i32((end_last + KEYS - 1) // KEYS - first), i32(0))  # key tiles to visit
+        n = i32(max(i32(i32(end_last + KEYS - 1) // KEYS - first), i32(0)))  # key tiles to visit
 
-        # --- Q, and the first K
-        load_rows(base, q, batch, head, row0, lq, thread, ROWS, width)
+        # --- the first copies: Q, and one tile of K
+        q_step, k_step, v_step = u32(q.strides[1]), u32(k.strides[1]), u32(v.strides[1])
+        q_rows = global_address(q, (batch, i32(q_first + row0), head, 0))
+        k_rows = global_address(k, (batch, k_first, kv_head, 0))
+        v_rows = global_address(v, (batch, k_first, kv_head, 0))
+        load_rows(base, q_rows, i32(0), q_step, i32(lq - row0), ROWS, width, thread)
         if n > 0:
             key = i32(tile_of(order, i32(0), first, n) * KEYS)
-            load_rows(k_base, k, batch, kv_head, key, lk, thread, KEYS, width)
+            load_rows(k_tile, k_rows, key, k_step, i32(lk - key), KEYS, width, thread)
         cp_async_commit()
 
-        q_tile = cuda.local.array((steps, 4), u32)
-        s = cuda.local.array((blocks, 4), f32)
-        p = cuda.local.array((pairs, 4), u32)
-        acc = cuda.local.array((v_blocks, 4), f32)
-        b = cuda.local.array((2, 4, 2, 2), u32)  # fragments of K or V: four used, four coming
-        fill(acc, v_blocks, 0.0)
-        m_upper = m_lower = f32(minus_infinity)  # running maxima, unscaled
-        l_upper = l_lower = f32(0.0)
-        u_upper = u_lower = f32(0.0)
-        scale_log2 = f32(scale * LOG2_E)
-        limit = f32(ln_lam[batch, head] / scale)  # ln λ in units of unscaled scores
+        # --- where this lane's rows of 8 × 8 matrices lie
+        low, high = u32(lane & u32(7)), u32(lane >> u32(4))
+        middle = u32((lane >> u32(3)) & u32(1))
+        q_row, k_row = u32(32 * row_half + (lane & u32(15))), u32(64 * key_half + low + 8 * high)
+        v_row = u32(64 * key_half + (lane & u32(15)))
+        q_lane = u32(base + (q_row * width + (high ^ low)) * 16)
+        k_lane = u32(k_tile + (k_row * width + (middle ^ low)) * 16)
+        v_lane = u32(v_tile + (v_row * v_width + (high ^ low)) * 16)
+        my_maxima = u32(maxima + (thread >> u32(2)) * 16)
+        my_sums = u32(slots + thread * 16)
+        my_bound = u32(my_sums + SLOT)
 
-        for step in range(n):
-            j = tile_of(order, i32(step), first, n)
+        s = cuda.local.array((2, blocks, 4), f32)  # [32 rows, 64 keys]
+        acc = cuda.local.array((2, v_blocks, 4), f32)  # [32 rows, Dv]
+        a = cuda.local.array((q_stages, 2, 4), u32)  # fragments of Q: all, or one used, one coming
+        p = cuda.local.array((2, 2, 4), u32)  # of the weights: one used, one coming
+        b = cuda.local.array((2, 2, 2, 2), u32)  # of K or V: likewise
+        votes = cuda.local.array(4, u32)
+        t = cuda.local.array(4, f32)  # of each of the thread's 4 rows: tile max in its columns,
+        m = cuda.local.array(4, f32)  # running max of this half of the keys,
+        m_all = cuda.local.array(4, f32)  # and of both,
+        l = cuda.local.array(4, f32)  # running sum in its columns,
+        top = cuda.local.array(4, f32)  # new max in the units of the exponent, for all
+        alpha = cuda.local.array(4, f32)
+        x = cuda.local.array(4, f32)  # for what is exchanged
+        fill(acc[0], v_blocks, 0.0)
+        fill(acc[1], v_blocks, 0.0)
+        for r in range(4):
+            m[r], l[r] = f32(minus_infinity), f32(0.0)
+        if quad_lane == 0:
+            st_shared_4f(my_maxima, m)
+        st_shared_4f(my_sums, l)
+        if skip:
+            st_shared_4f(my_bound, l)
+        if thread == 0:
+            st_shared_32(u32(verdicts + 16), float_bits(ln_lam[batch, head]))
+            st_shared_32(u32(verdicts + 20), u32(q_first))
+        scale_log2 = f32(scale * f32(LOG2_E))
+
+        step = i32(-1)
+        while i32(step + 1) < n:
+            step = i32(step + 1)
+            j = tile_of(order, step, first, n)
             mark_tile(u32(j))
             cp_async_wait(0)
             cuda.syncthreads()  # K of this tile is there; V of the last one is done with
-            load_rows(v_tile, v, batch, kv_head, i32(j * KEYS), lk, thread, KEYS, v_width)
+            key = i32(j * KEYS)
+            load_rows(v_tile, v_rows, key, v_step, i32(lk - key), KEYS, v_width, thread)
             cp_async_commit()
-            if step + 1 < n:
-                key = i32(tile_of(order, i32(step + 1), first, n) * KEYS)
-                other = u32(k_base + u32((step + 1) & 1) * k_bytes)
-                load_rows(other, k, batch, kv_head, key, lk, thread, KEYS, width)
-            cp_async_commit()
-            if step == 0:
-                for d in range(steps):
-                    row = u32(warp * 16 + (lane & u32(15)))
-                    chunk = u32(2 * d + (lane >> u32(4)))
-                    ldmatrix_x4(q_tile[d], u32(base + swizzled(row, chunk, width)))
 
-            # --- S = Q Kᵀ                                                     s [16 rows, 128 keys]
-            k_tile = u32(k_base + u32(step & 1) * k_bytes)
-            fill(s, blocks, 0.0)
-            load_k(b[0], k_tile, 0, 0, lane, width)
+            # --- S = Q Kᵀ                                                      s [32 rows, 64 keys]
+            fill(s[0], blocks, 0.0)
+            fill(s[1], blocks, 0.0)
+            if not q_stays:
+                load_q(a[0], q_lane, 0, width)
+            elif step == 0:
+                for d in range(steps):
+                    load_q(a[d], q_lane, d, width)
+            load_k(b[0], k_lane, 0, 0, width)
             for d in range(steps):  # while one half is multiplied, the next is being loaded
-                load_k(b[1], k_tile, d, 1, lane, width)
-                multiply(s, q_tile[d], b[0], 0, 4, dtype)
+                load_k(b[1], k_lane, d, 1, width)
+                multiply(s, a[d % q_stages], b[0], 0, dtype)
                 if d + 1 < steps:
-                    load_k(b[0], k_tile, d + 1, 0, lane, width)
-                multiply(s, q_tile[d], b[1], 1, 4, dtype)
+                    if not q_stays:
+                        load_q(a[(d + 1) % q_stages], q_lane, d + 1, width)
+                    load_k(b[0], k_lane, d + 1, 0, width)
+                multiply(s, a[d % q_stages], b[1], 1, dtype)
 
             # --- the mask comes first
-            seen_upper = seen_lower = i32(blocks * 2)
-            if row0 + ROWS > lq or (j + 1) * KEYS > end_first or j * KEYS < end_last - window:
-                column = i32(j * KEYS + i32(2 * (lane & u32(3))))
-                end = end_of(upper, lq, lk, causal)
-                seen_upper = mask_row(s, blocks, 0, column, i32(end - window), end)
-                end = end_of(lower, lq, lk, causal)
-                seen_lower = mask_row(s, blocks, 2, column, i32(end - window), end)
+            masked = (
+                i32(row0 + ROWS) > lq or i32(key + KEYS) > end_first or key < i32(end_last - window)
+            )
+            if masked:
+                here = anew(thread)
+                column = i32(key + i32((here >> u32(6)) * 64 + 2 * (here & u32(3))))
+                for r in range(4):
+                    row = i32(row0 + i32(row_of(here)) + 8 * r)
+                    end = i32(end_of(row, lq, lk, causal))
+                    mask_row(s[r // 2], blocks, 2 * (r % 2), column, i32(end - window), end)
 
             # --- the vote, on the maxima of this thread's columns
-            t_upper, t_lower = columns_max(s, blocks)
+            t[0], t[1] = row_max(s[0], blocks)
+            t[2], t[3] = row_max(s[1], blocks)
+            my_maxima = u32(maxima + (anew(thread) >> u32(2)) * 16)
+            ld_shared_4f(m, my_maxima)
+            if compares:
+                ld_shared_4f(x, u32(my_maxima ^ u32(HALF)))
+                rise = f32(minus_infinity)
+                for r in range(4):  # fmax leaves out −inf − −inf: a row that has seen nothing yet
+                    m_all[r] = fmax(m[r], x[r])
+                    rise = fmax(rise, f32(t[r] - m_all[r]))
+                rise = f32(rise * scale)
             if with_gap:
-                row_gap = f32(minus_infinity)
-                if t_upper > minus_infinity:
-                    row_gap = f32(t_upper - m_upper)
-                if t_lower > minus_infinity:
-                    row_gap = fmax(row_gap, f32(t_lower - m_lower))
+                highest = rise
                 for i in range(5):
-                    row_gap = fmax(row_gap, shfl_bfly_f32(row_gap, u32(1 << i)))
+                    highest = fmax(highest, shfl_bfly_f32(highest, u32(1 << i)))
                 if lane == 0:
-                    cuda.atomic.max(gap, (batch, head, group, j), f32(row_gap * scale))
+                    cuda.atomic.max(gap, (batch, head, group, j), highest)
+            cp_async_wait(0)
+            skipped = u32(0)
             if skip:
-                agrees = (t_upper == minus_infinity or f32(t_upper - m_upper) < limit) and (
-                    t_lower == minus_infinity or f32(t_lower - m_lower) < limit
-                )
-                skipped = bar_red_and(u32(1), u32(THREADS), u32(agrees))
-                if thread == 0:
-                    state[batch, head, group, j] = u8(2) if skipped else u8(1)
+                agrees = vote_all(u32(rise < bits_float(ld_shared_32(u32(verdicts + 16)))))
+                if lane == 0:
+                    st_shared_32(u32(verdicts + (thread >> u32(5)) * 4), agrees)
+            cuda.syncthreads()  # V is there, the votes are, and K is done with
+            if skip:
+                ld_shared_128(votes, verdicts)
+                skipped = u32(votes[0] & votes[1] & votes[2] & votes[3])
+            if i32(step + 1) < n:
+                key = i32(tile_of(order, i32(step + 1), first, n) * KEYS)
+                load_rows(k_tile, k_rows, key, k_step, i32(lk - key), KEYS, width, thread)
+            cp_async_commit()
+            if skip:
+                if thread < u32(32):
+                    if lane == 0:
+                        st_shared_32(u32(history + (u32(step) & u32(31)) * 4), skipped)
+                    if u32(step) & u32(31) == 31 or i32(step + 1) == n:
+                        sync_warp()
+                        last = i32(i32(step & ~31) + i32(lane))
+                        if last <= step:
+                            decision = ld_shared_32(u32(history + lane * 4))
+                            state[batch, head, group, tile_of(order, last, first, n)] = u8(
+                                1 + decision
+                            )
                 if skipped:  # all we know of the tile bounds its weight
-                    if seen_upper > 0:
-                        weight = ex2(f32((t_upper - m_upper) * scale_log2))
-                        u_upper = f32(u_upper + f32(seen_upper) * weight)
-                    if seen_lower > 0:
-                        weight = ex2(f32((t_lower - m_lower) * scale_log2))
-                        u_lower = f32(u_lower + f32(seen_lower) * weight)
+                    for r in range(4):
+                        seen = f32(2 * blocks)
+                        if masked:
+                            seen = count_visible(s[r // 2], blocks, 2 * (r % 2))
+                        weight = ex2(f32((t[r] - m_all[r]) * scale_log2))
+                        t[r] = f32(seen * weight) if seen > 0 else f32(0.0)
+                    ld_shared_4f(x, my_bound)  # of row quad_lane: u, relative to the maximum x[1]
+                    now = pick(m_all, quad_lane)
+                    older = f32(x[0] * ex2(f32((x[1] - now) * scale_log2)))
+                    older = older if x[0] > 0 else f32(0.0)
+                    x[0], x[1] = f32(older + quad_scatter_sum(t, quad_lane)), now
+                    st_shared_4f(my_bound, x)
                     continue
-            elif thread == 0:
-                state[batch, head, group, j] = u8(1)
 
-            # --- online softmax                                              p [16 rows, 128 keys]
-            old_upper, old_lower = f32(m_upper * scale_log2), f32(m_lower * scale_log2)
-            m_upper, m_lower = fmax(m_upper, row_max(t_upper)), fmax(m_lower, row_max(t_lower))
-            new_upper = f32(m_upper * scale_log2) if m_upper > minus_infinity else f32(0.0)
-            new_lower = f32(m_lower * scale_log2) if m_lower > minus_infinity else f32(0.0)
-            alpha_upper = ex2(f32(old_upper - new_upper))
-            alpha_lower = ex2(f32(old_lower - new_lower))
-            sum_upper, sum_lower = exp_rows(s, blocks, scale_log2, new_upper, new_lower)
-            l_upper = f32(l_upper * alpha_upper + sum_upper)
-            l_lower = f32(l_lower * alpha_lower + sum_lower)
-            u_upper, u_lower = f32(u_upper * alpha_upper), f32(u_lower * alpha_lower)
-            scale_rows(acc, v_blocks, alpha_upper, alpha_lower)
-            pack_rows(p, s, blocks, dtype)
+            # --- online softmax
+            for r in range(4):
+                old = f32(m[r] * scale_log2)
+                m[r] = fmax(m[r], quad_max(t[r]))
+                top[r] = f32(m[r] * scale_log2) if m[r] > minus_infinity else f32(0.0)
+                alpha[r] = ex2(f32(old - top[r]))
+            if quad_lane == 0:
+                st_shared_4f(my_maxima, m)
+            if not sums_stay:
+                ld_shared_4f(l, my_sums)
+            for r in range(4):
+                l[r] = f32(l[r] * alpha[r])
+            scale_rows(acc[0], v_blocks, alpha[0], alpha[1])
+            scale_rows(acc[1], v_blocks, alpha[2], alpha[3])
 
-            # --- acc += P V                                                  acc [16 rows, Dv]
-            cp_async_wait(1)
-            cuda.syncthreads()  # V of this tile is there
-            load_v(b[0], v_tile, 0, 0, lane, v_width)
+            # --- acc += P V, the exponentials one step of 16 keys ahead           acc [32 rows, Dv]
+            exp2_pack(p[0], s, l, top, scale_log2, 0, dtype)
+            load_v(b[0], v_lane, 0, 0, v_width)
             for i in range(pairs):
-                load_v(b[1], v_tile, i, 1, lane, v_width)
-                multiply(acc, p[i], b[0], 0, v_width // 4, dtype)
                 if i + 1 < pairs:
-                    load_v(b[0], v_tile, i + 1, 0, lane, v_width)
-                multiply(acc, p[i], b[1], 1, v_width // 4, dtype)
+                    exp2_pack(p[(i + 1) % 2], s, l, top, scale_log2, i + 1, dtype)
+                    if i + 2 == pairs and not sums_stay:
+                        st_shared_4f(u32(slots + anew(thread) * 16), l)
+                for c in range(parts):
+                    if c + 1 < parts:
+                        load_v(b[(c + 1) % 2], v_lane, i, c + 1, v_width)
+                    elif i + 1 < pairs:
+                        load_v(b[(c + 1) % 2], v_lane, i + 1, 0, v_width)
+                    multiply(acc, p[i % 2], b[c % 2], c, dtype)
 
-        # --- out = acc / l, through shared memory where Q and K were; lse and bound
+        # --- merge the halves of the keys: one leaves what it has, the other takes it up
         cp_async_wait(0)
         cuda.syncthreads()
-        l_upper, l_lower = quad_sum(l_upper), quad_sum(l_lower)
-        u_upper = f32(quad_sum(u_upper) * f32(BOUND_SAFETY))
-        u_lower = f32(quad_sum(u_lower) * f32(BOUND_SAFETY))
-        over_upper = f32(1.0) / l_upper if l_upper > 0 else f32(0.0)
-        over_lower = f32(1.0) / l_lower if l_lower > 0 else f32(0.0)
-        scale_rows(acc, v_blocks, over_upper, over_lower)
-        for block in range(v_blocks):
-            row, byte = u32(warp * 16 + (lane >> u32(2))), u32((lane & u32(3)) * 4)
-            above = u32(base + swizzled(row, block, v_width) + byte)
-            below = u32(base + swizzled(u32(row + 8), block, v_width) + byte)
-            st_shared_32(above, pack(acc[block, 0], acc[block, 1], dtype))
-            st_shared_32(below, pack(acc[block, 2], acc[block, 3], dtype))
-        if lane & u32(3) == 0:
-            if upper < lq:
-                seen = f32(m_upper * scale + math.log(l_upper))
-                lse[batch, head, upper] = seen if l_upper > 0 else f32(minus_infinity)
-                share = u_upper / (l_upper + u_upper)
-                bound[batch, head, upper] = share if u_upper > 0 else f32(0.0)
-            if lower < lq:
-                seen = f32(m_lower * scale + math.log(l_lower))
-                lse[batch, head, lower] = seen if l_lower > 0 else f32(minus_infinity)
-                share = u_lower / (l_lower + u_lower)
-                bound[batch, head, lower] = share if u_lower > 0 else f32(0.0)
+        thread = anew(thread)
+        my_maxima, my_sums = u32(maxima + (thread >> u32(2)) * 16), u32(slots + thread * 16)
+        ld_shared_4f(m, my_maxima)
+        if not sums_stay:
+            ld_shared_4f(l, my_sums)
+        x[0], x[1] = f32(0.0), f32(0.0)
+        if skip:
+            ld_shared_4f(x, u32(my_sums + SLOT))
+        lane, quad_lane = u32(thread & u32(31)), u32(thread & u32(3))
+        row_half, key_half = u32((thread >> u32(5)) & u32(1)), u32(thread >> u32(6))
+        m_row, l_row, u, u_m = pick(m, quad_lane), quad_scatter_sum(l, quad_lane), x[0], x[1]
+        pair = u32((thread & u32(63)) * 16)  # where the thread of the other half looks
+        there = u32(base + row_half * u32(2 * v_blocks * 512) + lane * 16)
+        if key_half == 1:
+            x[0], x[1], x[2] = m_row, l_row, u
+            st_shared_4f(u32(v_tile + pair), x)
+            for i in range(2):
+                for block in range(v_blocks):
+                    st_shared_4f(u32(there + u32((i * v_blocks + block) * 512)), acc[i, block])
         cuda.syncthreads()
-        words = cuda.local.array(4, u32)
-        for i in range(ROWS * v_width // THREADS):
-            chunk = u32(thread + i * THREADS)
-            row, column = u32(chunk // u32(v_width)), u32(chunk % u32(v_width))
-            if i32(row0 + i32(row)) < lq:
-                ld_shared_128(words, u32(base + swizzled(row, column, v_width)))
-                st_global_128(
-                    global_address(out, (batch, i32(row0 + i32(row)), head, i32(8 * column))), words
-                )
+        rows_out = i32(q.shape[1]) if padded else lq
+        q_first = i32(ld_shared_32(u32(verdicts + 20)))
+        if key_half == 0:
+            ld_shared_4f(x, u32(v_tile + pair))
+            highest = fmax(m_row, x[0])
+            weight = ex2(f32((m_row - highest) * scale_log2)) if l_row > 0 else f32(0.0)
+            weight_other = ex2(f32((x[0] - highest) * scale_log2)) if x[1] > 0 else f32(0.0)
+            total = f32(l_row * weight + x[1] * weight_other)
+            over = rcp(total) if total > 0 else f32(0.0)
+            u = f32(f32(u + x[2]) * f32(BOUND_SAFETY))
+            u = f32(u * ex2(f32((u_m - highest) * scale_log2))) if u > 0 else f32(0.0)
+            row = i32(row0 + i32(row_of(thread) + 8 * quad_lane))
+            if row < rows_out:
+                seen = f32(highest * scale + math.log(total)) if total > 0 else f32(minus_infinity)
+                lse[batch, head, q_first + row] = seen
+                bound[batch, head, q_first + row] = u * rcp(f32(total + u)) if u > 0 else f32(0.0)
+            for r in range(4):
+                source = u32((lane & u32(28)) + r)
+                alpha[r] = bits_float(shfl_idx_u32(float_bits(f32(weight * over)), source))
+                top[r] = bits_float(shfl_idx_u32(float_bits(f32(weight_other * over)), source))
+            for i in range(2):
+                for block in range(v_blocks):
+                    ld_shared_4f(x, u32(there + u32((i * v_blocks + block) * 512)))
+                    for c in range(4):
+                        r = 2 * i + c // 2
+                        acc[i, block, c] = f32(acc[i, block, c] * alpha[r] + x[c] * top[r])
+        cuda.syncthreads()
+
+        # --- out, through shared memory so that whole rows are written
+        if key_half == 0:
+            for r in range(4):
+                row_here = u32(row_of(thread) + 8 * r)
+                to = u32(base + (row_here * v_width + (row_here & u32(7))) * 16 + quad_lane * 4)
+                for block in range(v_blocks):
+                    i, c = r // 2, 2 * (r % 2)
+                    two = pack(acc[i, block, c], acc[i, block, c + 1], dtype)
+                    st_shared_32(u32(u32(to ^ u32(block % 8 * 16)) + u32(block // 8 * 128)), two)
+        cuda.syncthreads()
+        row_here, chunk = u32(thread >> u32(3)), u32(thread & u32(7))
+        source = u32(base + (row_here * v_width + (chunk ^ (row_here & u32(7)))) * 16)
+        for i in range(ROWS // 16):
+            row = i32(row0 + i32(row_here) + 16 * i)
+            if row < rows_out:
+                for c in range(v_width // 8):
+                    ld_shared_128(votes, u32(source + u32((16 * i * v_width + 8 * c) * 16)))
+                    at = (batch, i32(q_first + row), head, i32(8 * chunk + 64 * c))
+                    st_global_128(global_address(out, at), votes)
+
+        # --- tiles that were not visited, or on which the dense build has no vote
+        for tile in range(i32(thread), i32(state.shape[3]), THREADS):
+            if tile < first or tile >= first + n:
+                state[batch, head, group, tile] = u8(0)
+            elif not skip:
+                state[batch, head, group, tile] = u8(1)
 
     return skip_softmax_prefill_mma

@@ -10,7 +10,7 @@ import hashlib
 import importlib
 import json
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, fields
 from importlib.metadata import PackageNotFoundError, version
@@ -74,28 +74,40 @@ class Configuration:
 _ROWS, _VALUES = "float32[:,:,:,::1]", "float32[:,:,::1]"
 
 
-def _mma(head_dim: int, dtype: str, skip: bool, gap: bool) -> Configuration:
+def _mma(
+    head_dim: int, v_head_dim: int, dtype: str, skip: bool, gap: bool
+) -> Iterator[Configuration]:
     from cuda_kernels.prefill_mma import SIGNATURE, shared_bytes
 
     build = ("skip" if skip else "dense") + (", gaps" if gap else "")
-    return Configuration(
-        name=f"prefill_mma head_dim {head_dim}, {dtype}, {build}",
-        factory="cuda_kernels.prefill_mma:make_kernel",
-        arguments=(head_dim, head_dim, ("f16", "bf16").index(dtype), skip, gap),
-        signature=SIGNATURE,
-        shared_bytes=shared_bytes(head_dim, head_dim),
-        opcodes=("HMMA", "LDSM", "LDGSTS", "MUFU.EX2") + ("BAR.RED.AND",) * skip,
-        # two stages of K at head_dim 128 need more shared memory than these have
-        architectures=ARCHITECTURES if head_dim == 64 else ("sm_80", "sm_90a", "sm_100a"),
-    )
+    sizes = f"{head_dim}" if head_dim == v_head_dim else f"{head_dim}/{v_head_dim}"
+    # head_dim 192 needs more shared memory than the others have
+    claimed = ARCHITECTURES if head_dim <= 128 else ("sm_80", "sm_90a", "sm_100a")
+    for architectures in (tuple(a for a in claimed if a != "sm_120a"), ("sm_120a",)):
+        if set(architectures) <= set(claimed):
+            yield Configuration(
+                name=f"prefill_mma head_dim {sizes}, {dtype}, {build}",
+                factory="cuda_kernels.prefill_mma:make_kernel",
+                arguments=(head_dim, v_head_dim, ("f16", "bf16").index(dtype), skip, gap),
+                signature=SIGNATURE,
+                shared_bytes=shared_bytes(head_dim, v_head_dim),
+                opcodes=("HMMA", "LDSM", "LDGSTS", "MUFU.EX2") + ("VOTE",) * skip,
+                # sm_120a is a few registers short: the table shows what it spills
+                in_registers=architectures != ("sm_120a",),
+                architectures=architectures,
+            )
 
 
 CONFIGURATIONS: tuple[Configuration, ...] = (
     *(
-        _mma(head_dim, dtype, skip, gap)
-        for head_dim in (64, 128)
-        for dtype in ("f16", "bf16")
-        for skip, gap in ((True, False), (False, False), (True, True))
+        configuration
+        for sizes in ((64, 64), (128, 128), (192, 128))
+        for dtype, skip, gap in (
+            ("bf16", True, False),
+            ("bf16", False, False),
+            *((("bf16", True, True), ("f16", True, False)) if sizes[0] < 192 else ()),
+        )  # F16 differs in the names of two instructions: its other builds are not assembled here
+        for configuration in _mma(*sizes, dtype, skip, gap)
     ),
     *(
         Configuration(
@@ -106,6 +118,19 @@ CONFIGURATIONS: tuple[Configuration, ...] = (
             shared_bytes=32768,
             max_registers=128,
             opcodes=("HMMA", "LDSM", "LDGSTS"),
+        )
+        for dtype, layout, b_is_n_by_k in (("f16", "N, K", 1), ("bf16", "K, N", 0))
+    ),
+    *(
+        Configuration(
+            name=f"gemm_wgmma 128×128×64, {dtype}, B [{layout}]",
+            factory="cuda_kernels.gemm_wgmma:make_kernel",
+            arguments=(("f16", "bf16").index(dtype), b_is_n_by_k),
+            signature="void(tensor_map, tensor_map, float32[:,:], int32)",
+            shared_bytes=131136,
+            max_registers=168,
+            opcodes=("HGMMA", "UTMALDG", "USETMAXREG"),
+            architectures=("sm_90a",),
         )
         for dtype, layout, b_is_n_by_k in (("f16", "N, K", 1), ("bf16", "K, N", 0))
     ),

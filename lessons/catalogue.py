@@ -14,7 +14,7 @@ FIRST_KERNEL = LESSONS / "notebooks" / "first_kernel.py"
 
 _HEADER = re.compile(
     r"# %% \[markdown\]\n"
-    r"# # (?P<number>\d) · (?P<title>.+)\n"
+    r"# # (?P<number>\d{1,2}) · (?P<title>.+)\n"
     r"#\n"
     r"# \*\*Question:\*\* (?P<question>.+(?:\n# .+)*)\n"
     r"#\n"
@@ -86,7 +86,7 @@ def lessons() -> list[Lesson]:
     Examples
     --------
     >>> [lesson.number for lesson in lessons()]
-    [0, 1, 2, 3, 4, 5, 6, 7]
+    [0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10]
     """
     found = [read_lesson(path) for path in sorted(LESSONS.glob("[0-9][0-9]_*.py"))]
     if not found:

@@ -274,6 +274,135 @@ def check_vote(fn: Callable[..., Any], strict: bool | None = None) -> bool:
     return _judge(fn, cases(), strict)
 
 
+def check_cost(fn: Callable[..., Any], strict: bool | None = None) -> bool:
+    """Lesson 8: ``cost(gap, visited, vote_rows, mass, part, ln_lam) -> sparsity, delta, error``."""
+
+    def cases() -> Iterator[Case]:
+        hidden = "skipped: visited, and gap below ln λ; a tile that is not visited has gap −∞"
+        share = "sparsity is skipped ÷ visited tiles, and not ÷ all tiles"
+        rows = "the rows of a group skip alike: repeat a group's line `vote_rows` times, and crop"
+        identity = "`lost` is δ·ȳ, and the sum of the other parts is (1 − δ)·ŷ"
+        for seed, (n, tile, lam, hint) in enumerate(
+            [
+                (64, (8, 16), 1e-9, hidden),
+                (64, (8, 16), 0.1, share),
+                (64, (16, 8), 0.5, share),
+                (53, (16, 8), 0.5, rows),
+                (90, (8, 16), 0.9, rows),
+            ]
+        ):
+            q, k, v = _uneven_head(seed, n, tile[1])
+            one = sim.scan(q[None], k[None], tile=tile, order="ascending")
+            scores = np.where(np.tri(n, dtype=bool), q @ k.T / 4, -np.inf)
+            weights = _softmax(scores)
+            starts = np.arange(0, n, tile[1])
+            mass = np.add.reduceat(weights, starts, axis=1)
+            parts = np.add.reduceat(weights[:, :, None] * v, starts, axis=1)
+            tiles = one.decide(lam)
+            kept = np.where(tiles.skipped[0].repeat(tile[0], axis=0)[:n], 0, 1)
+            kept = np.where(kept.repeat(tile[1], axis=1)[:, :n], scores, -np.inf)
+            after = _softmax(kept) @ v
+            delta = 1 - np.where(kept > -np.inf, weights, 0).sum(axis=1)
+            yield Case(
+                f"{n} words, tiles of {tile[0]} × {tile[1]}, λ = {lam:g}, seed {seed}",
+                (one.gap[0], one.grid.visited_tiles(), tile[0], mass, parts, np.log(lam)),
+                [
+                    Wanted("sparsity", tiles.sparsity[0], 1e-12, hint),
+                    Wanted("delta", delta, 1e-9, rows),
+                    Wanted("error", weights @ v - after, 1e-9, identity),
+                ],
+            )
+
+    return _judge(fn, cases(), strict)
+
+
+def check_calibrate(fn: Callable[..., Any], strict: bool | None = None) -> bool:
+    """Lesson 9: ``calibrate(sparsity, lengths, lams) -> a, b`` of points [texts, trials]."""
+
+    def cases() -> Iterator[Case]:
+        length = "a point's factor is λ times the length of its text, [texts, trials]"
+        line = "x is sparsity, y is ln factor: b is the slope, and a is exp(intercept)"
+        bends = "only points from 10 to 90 % sparsity count: beyond, the line bends"
+        squares = "least squares on ln factor: y is ln factor, not factor; x is sparsity"
+        lams = np.geomspace(1e-3, 0.99, 12)
+        for seed, (lengths, a, b, noise, hint) in enumerate(
+            [
+                ([1000], 0.5, 10.0, 0.0, line),
+                ([1000, 2000, 4000], 0.4, 12.0, 0.0, length),
+                ([1000, 4000], 40.0, 5.0, 0.0, bends),
+                ([1000, 2000, 4000], 0.4, 12.0, 0.02, squares),
+                ([512, 512, 8192], 30.0, 6.0, 0.05, squares),
+            ]
+        ):
+            factor = np.array(lengths)[:, None] * lams
+            sparsity = np.log(factor / a) / b + noise * _random(seed, factor.shape)[0]
+            sparsity = sparsity.clip(0, 0.97)
+            kept = (sparsity >= 0.1) & (sparsity <= 0.9)
+            x, y = sparsity[kept], np.log(factor[kept])
+            slope = ((x - x.mean()) * (y - y.mean())).sum() / ((x - x.mean()) ** 2).sum()
+            level = np.exp(y.mean() - slope * x.mean())
+            yield Case(
+                f"texts of {', '.join(map(str, lengths))} tokens, noise {noise}, seed {seed}",
+                (sparsity, np.array(lengths), lams),
+                [Wanted("b", slope, 1e-6 * slope, hint), Wanted("a", level, 1e-6 * level, length)],
+            )
+
+    def slope_first(*arguments: Any) -> Any:
+        a, b = fn(*arguments)
+        return b, a
+
+    return _judge(fn, cases(), strict, call=slope_first)
+
+
+def check_certified(fn: Callable[..., Any], strict: bool | None = None) -> bool:
+    """Lesson 10: ``certified_attention(q, k, v, …, ln_lam, threads) -> output, bound``, causal."""
+
+    def cases() -> Iterator[Case]:
+        skip = "a skip adds n · exp(tile_max − m) to u, n keys that the row sees; then u ÷ (l + u)"
+        alpha = "when a kept tile raises m, l and u are both multiplied by alpha"
+        own = "each thread: the maximum, and the number, of its own columns that the row sees"
+        for seed, (n, tile, order, lam, threads, hint) in enumerate(
+            [
+                (64, (8, 16), "ascending", 0.0, 1, "where nothing is skipped, the bound is 0"),
+                (16, (8, 8), "ascending", 0.5, 1, skip),  # only the very last visit skips: no alpha
+                (64, (16, 8), "descending", 0.5, 1, alpha),
+                (64, (8, 16), "ends_first", 0.3, 4, own),
+                (53, (16, 8), "descending", 0.5, 4, own),
+                (90, (8, 16), "ascending", 0.9, 4, own),
+            ]
+        ):
+            q, k, v = _uneven_head(seed, n, tile[1])
+            tiles = sim.scan(q[None], k[None], tile=tile, order=order).decide(lam)
+            output = attention(q[None], k[None], v[None], tiles=tiles).output[0]
+            scores = np.where(np.tri(n, dtype=bool), q @ k.T / 4, -np.inf)
+            left_out = tiles.skipped[0].repeat(tile[0], axis=0)[:n]
+            left_out = left_out.repeat(tile[1], axis=1)[:, :n]
+            m = scores.max(axis=1, keepdims=True)  # λ < 1: what is skipped never holds it
+            l = np.where(left_out, 0, np.exp(scores - m)).sum(axis=1)
+            u = np.zeros(n)
+            for start in range(0, n, tile[1]):
+                keys = np.arange(start, min(start + tile[1], n))
+                for t in range(threads):
+                    mine = keys[(keys - start) // 2 % threads == t]
+                    if mine.size:
+                        heaviest = np.exp(scores[:, mine].max(axis=1) - m[:, 0])
+                        seen = (scores[:, mine] > -np.inf).sum(axis=1)
+                        u += np.where(left_out[:, mine[0]], seen * heaviest, 0)
+            with np.errstate(divide="ignore"):
+                ln_lam = np.log(lam)
+            yield Case(
+                f"{n} words, tiles of {tile[0]} × {tile[1]}, {order}, λ = {lam}, {threads} "
+                f"thread{'s' * (threads > 1)}, seed {seed}",
+                (q, k, v, 0.25, tile, order, ln_lam, threads),
+                [
+                    Wanted("output", output, 1e-6, "u changes nothing else: the loop is given"),
+                    Wanted("bound", u / (l + u), 1e-6, hint),
+                ],
+            )
+
+    return _judge(fn, cases(), strict)
+
+
 def _judge(
     fn: Callable[..., Any],
     cases: Iterable[Case],
@@ -361,6 +490,13 @@ def _difference(name: str, result: Any, want: Array, budget: float) -> str | Non
 def _random(seed: int, *shapes: tuple[int, ...]) -> list[Array]:
     rng = np.random.default_rng(seed)
     return [rng.standard_normal(shape) for shape in shapes]
+
+
+def _uneven_head(seed: int, n: int, keys: int) -> list[Array]:
+    """Draw q, k [n, 16] and v [n, 5] whose scores differ from tile to tile, so that some skip."""
+    q, k, v, level = _random(seed, (n, 16), (n, 16), (n, 5), (n,))
+    q[:, 0], k[:, 0] = 4, 3 * level[np.arange(n) // keys]
+    return [q, k, v]
 
 
 def _softmax(scores: Array) -> Array:

@@ -6,11 +6,12 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
 from sim.draw import PALETTE
 
 if TYPE_CHECKING:
+    from PIL import ImageDraw
     from PIL.Image import Image
 
 INK = "#222222"
@@ -95,6 +96,94 @@ def bars_under_line(bars: NDArray, line: NDArray, names: tuple[str, str]) -> Ima
     for value in (high, low):
         draw.text((2, y(value) - 6), f"{value:+.0f}", INK, font)
     return picture
+
+
+def chart(
+    lines: Sequence[tuple[str, NDArray, NDArray]],
+    titles: tuple[str, str],
+    *,
+    x_range: tuple[float, float],
+    y_range: tuple[float, float] = (0, 100),
+    log_x: bool = False,
+    log_y: bool = False,
+    dots: bool = False,
+) -> Image:
+    """Draw curves (name, x, y) on two axes, at most five; what lies outside is left out.
+
+    Each has a colour and, at its points, a mark of its own.  ``dots``: all but the first are only
+    points.
+    """
+    from PIL import Image, ImageDraw, ImageFont
+
+    left, top, width, height = 64, 46 + 18 * ((len(lines) + 1) // 2), 560, 320
+    font = ImageFont.load_default(12)
+    picture = Image.new("RGB", (left + width + 24, top + height + 48), "white")
+    draw = ImageDraw.Draw(picture)
+
+    def places(values: ArrayLike, ends: tuple[float, float], log: bool, size: int) -> NDArray:
+        scaled, both = np.asarray(values, float), np.array(ends, float)
+        if log:
+            with np.errstate(divide="ignore"):
+                scaled, both = np.log(scaled), np.log(both)
+        return (scaled - both[0]) / (both[1] - both[0]) * size
+
+    for value in _ticks(x_range, log_x):
+        at = left + float(places(value, x_range, log_x, width))
+        draw.line((at, top, at, top + height), "#E3E3E3")
+        draw.text((at, top + height + 6), f"{value:g}", INK, font, anchor="mt")
+    for value in _ticks(y_range, log_y):
+        at = top + height - float(places(value, y_range, log_y, height))
+        draw.line((left, at, left + width, at), "#E3E3E3")
+        draw.text((left - 6, at), f"{value:g}", INK, font, anchor="rm")
+    draw.text((left + width / 2, top + height + 28), titles[0], INK, font, anchor="mt")
+    draw.text((8, 8), titles[1], INK, font)
+    for n, (name, xs, ys) in enumerate(lines):
+        colour = _COLOURS[n]
+        x = left + places(xs, x_range, log_x, width)
+        y = top + height - places(ys, y_range, log_y, height)
+        inside = (x >= left) & (x <= left + width) & (y >= top) & (y <= top + height)
+        points = list(zip(x[inside].tolist(), y[inside].tolist(), strict=True))
+        if n == 0 or not dots:
+            draw.line(points, colour, 2)
+        small = dots and n > 0
+        if small or len(points) <= 40:
+            for point in points:
+                _mark(draw, point, n, colour, 1 if small else 4)
+        key = (left + 12 + n % 2 * width // 2, 38 + 18 * (n // 2))
+        _mark(draw, key, n, colour, 4)
+        draw.text((key[0] + 14, key[1]), name, INK, font, anchor="lm")
+    return picture
+
+
+_COLOURS = (PALETTE["computed"], PALETTE["skipped"], "#009E73", "#CC79A7", "#000000")
+
+
+def _mark(
+    draw: ImageDraw.ImageDraw, at: tuple[float, float], kind: int, colour: str, r: int
+) -> None:
+    """Draw the mark of the curve of this number: disc, square, triangle, ring, upright cross."""
+    x, y = at
+    box = (x - r, y - r, x + r, y + r)
+    match kind:
+        case 0:
+            draw.ellipse(box, colour)
+        case 1:
+            draw.rectangle(box, colour)
+        case 2:
+            draw.polygon([(x - r, y + r), (x + r, y + r), (x, y - r)], colour)
+        case 3:
+            draw.ellipse(box, outline=colour, width=2)
+        case _:
+            draw.line((x - r, y, x + r, y), colour, 2)
+            draw.line((x, y - r, x, y + r), colour, 2)
+
+
+def _ticks(ends: tuple[float, float], log: bool) -> list[float]:
+    """Powers of ten, or ten steps."""
+    if not log:
+        return np.linspace(*ends, 11).tolist()
+    first, last = np.ceil(np.log10(ends[0])), np.floor(np.log10(ends[1]))
+    return (10.0 ** np.arange(first, last + 1)).tolist()
 
 
 def side_by_side(images: Sequence[Image], titles: Sequence[str]) -> Image:

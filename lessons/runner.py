@@ -157,8 +157,8 @@ def _list(options: argparse.Namespace) -> int:
         return 0
     for lesson, done in found:
         mark = "✓ solved" if done else "· to do "
-        print(f"{mark}  {lesson.number}  {lesson.title} ({lesson.minutes} min)")
-        print(f"             {lesson.question}")
+        print(f"{mark}  {lesson.number:2}  {lesson.title} ({lesson.minutes} min)")
+        print(f"              {lesson.question}")
     left = [lesson.number for lesson, done in found if not done]
     print(f"\nNext: skip-softmax lesson open {left[0]}" if left else "\nAll solved.")
     return 0

@@ -14,7 +14,19 @@ Examples
 True
 """
 
-from sim import accuracy, cost, rules, threshold, traces, workloads
+from sim import (
+    accuracy,
+    calibration,
+    cost,
+    decode,
+    engines,
+    gap_maps,
+    rules,
+    targets,
+    threshold,
+    traces,
+    workloads,
+)
 from sim.geometry import COMPUTED, MASKED, ORDERS, SKIPPED, Grid, TileMap
 from sim.skip_softmax import Attended, Scan, attend, scan
 
@@ -29,9 +41,14 @@ __all__ = [
     "TileMap",
     "accuracy",
     "attend",
+    "calibration",
     "cost",
+    "decode",
+    "engines",
+    "gap_maps",
     "rules",
     "scan",
+    "targets",
     "threshold",
     "traces",
     "workloads",

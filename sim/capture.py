@@ -1,546 +1,496 @@
-"""Capture Q, K and V of a Hugging Face model into a trace, as its attention received them.
+"""Capture what a Hugging Face model's attention does over some texts, into a folder.
 
-transformers lets anyone register an attention function.  The one registered here calls the
-model's own, hands on its result unchanged, and keeps what went in: after rotary embedding,
-before the KV heads are repeated.  Every captured layer is checked: attention computed from the
-kept arrays must equal what the model computed.
+A *run* is one text at one length: the model reads it (prefill), then decodes some tokens greedily
+with its cache.  What each attention layer receives is scanned as the model runs
+(:mod:`sim.gap_scans`) and only gap maps are kept; or, if asked for, counts of them, or Q, K and V
+as traces.  Every finished file takes its name at once, so an interrupted capture goes on where it
+stopped.  ``capture.json`` says what the folder holds.
 
-``python -m sim.capture --help`` is the command; it needs the ``capture`` extra (torch,
-transformers, accelerate, gguf), which nothing else here does.
+``skip-softmax capture`` is the command; it needs the ``capture`` extra.
 """
 
 from __future__ import annotations
 
-import argparse
-import csv
 import datetime
+import hashlib
 import json
+import os
 import shlex
+import shutil
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
-from sim.geometry import ORDERS
-from sim.reference import attention
-from sim.skip_softmax import Scan, scan
-from sim.traces import Trace, read_trace, write_trace
+from sim.attention_hook import Layer, Shape, probe, run
+from sim.calibration import TRIALS
+from sim.gap_maps import GapMaps, Sample, tiles_of_row
+from sim.gap_scans import Packed, decode_gaps, prefill_gaps, stacked
+from sim.model import Model, Tokens, check_name, config_hash, load, tokenize
+from sim.targets import PHASES, TARGETS, Target
+from sim.texts import Text, split
+from sim.traces import MAX_LENGTH, write_trace
 
-TOLERANCE = 1e-3
-"""Largest accepted difference between the model's attention output and ours from its Q, K, V."""
-
-THRESHOLDS = (0.001, 0.01, 0.05)
-
-_FUNCTION = "skip_softmax_capture"
-
-
-class Text(NamedTuple):
-    """A text, and for the card its title and licence."""
-
-    content: str
-    title: str
-    license: str
+KEEP = ("maps", "counts", "qkv")
+FORMAT = 1
+RECORD = "capture.json"
 
 
 @dataclass(frozen=True)
-class Layer:
-    """What one attention layer received, float32, and how well it explains what came out.
+class _Plan:
+    """What a capture keeps, checked."""
 
-    Attributes
-    ----------
-    q : array [Hq, L, D], float32
-    k : array [Hkv, L, D], float32
-    v : array [Hkv, L, Dv], float32
-    softmax_scale : float
-    max_difference : float
-        Largest difference between the model's attention output and float64 attention from
-        these arrays.
-    """
+    texts: tuple[Text, ...]
+    layers: tuple[int, ...] | None
+    kv_heads: tuple[int, ...] | None
+    lengths: tuple[int, ...]
+    phases: tuple[str, ...]
+    decode_tokens: int
+    keep: str
 
-    q: NDArray[np.float32]
-    k: NDArray[np.float32]
-    v: NDArray[np.float32]
-    softmax_scale: float
-    max_difference: float
+    def __post_init__(self) -> None:
+        if not self.texts:
+            raise ValueError("texts must be at least one, got none")
+        if self.keep not in KEEP:
+            raise ValueError(f"keep must be one of {', '.join(KEEP)}, got {self.keep!r}")
+        if not self.phases or not set(self.phases) <= set(PHASES):
+            raise ValueError(f"phases must be of {', '.join(PHASES)}, got {list(self.phases)}")
+        if not self.lengths or not all(2 <= length <= MAX_LENGTH for length in self.lengths):
+            raise ValueError(
+                f"lengths must be between 2 and {MAX_LENGTH}, got {list(self.lengths)}"
+            )
+        if not 1 <= self.decode_tokens <= 1024:
+            raise ValueError(f"decode_tokens must be between 1 and 1024, got {self.decode_tokens}")
+        for name in ("layers", "kv_heads", "lengths", "phases"):
+            values = getattr(self, name)
+            if values is not None and len(set(values)) < len(values):
+                raise ValueError(f"{name} must differ, got {list(values)}")
 
+    @property
+    def steps(self) -> int:
+        return self.decode_tokens if "decode" in self.phases else 0
 
-def reference_text() -> Text:
-    """Return the chapter "Compound statements" of the Python Language Reference.
+    def settings(self, model: str) -> dict[str, Any]:
+        """What must be the same for a capture to go on, ready for JSON."""
+        return {
+            "model": model,
+            "keep": self.keep,
+            "layers": None if self.layers is None else list(self.layers),
+            "kv_heads": None if self.kv_heads is None else list(self.kv_heads),
+            "lengths": list(self.lengths),
+            "phases": list(self.phases),
+            "decode_tokens": self.steps,
+            "texts": [
+                {
+                    "title": text.title,
+                    "license": text.license,
+                    "sha256": hashlib.sha256(text.content.encode()).hexdigest(),
+                }
+                for text in self.texts
+            ],
+        }
 
-    It comes with every CPython, for ``help()``; the wording depends on the Python version,
-    which the title names.
+    def sample(self, number: int, length: int, phase: str) -> Sample:
+        text = self.texts[number]
+        steps = range(length + 1, length + 1 + self.steps) if phase == "decode" else ()
+        name = f"text{number}-{length}-{phase}"
+        return Sample(name, text.title, text.license, length, phase, tuple(steps))
 
-    Examples
-    --------
-    >>> reference_text().content.split()[:2]
-    ['Compound', 'statements']
-    """
-    from pydoc_data.topics import topics  # 700 kB of text that nothing else needs
-
-    version = ".".join(map(str, sys.version_info[:3]))
-    return Text(
-        topics["compound"].lstrip("\n"),
-        f"The Python Language Reference {version}, chapter Compound statements "
-        "(pydoc_data.topics, topic 'compound')",
-        "PSF-2.0",
-    )
-
-
-def token_pieces(text: str, spans: Iterable[tuple[int, int]]) -> list[str]:
-    """Cut a text into the pieces that its tokens stand for.
-
-    Tokens of a byte-level vocabulary may end inside a character; then the first of them gets
-    the character and the others an empty string, so that the pieces join to the text again.
-
-    Parameters
-    ----------
-    text : str
-        What was tokenized.
-    spans : iterable of (int, int)
-        Begin and end of each token in ``text``, as a tokenizer's offset mapping gives them.
-
-    Returns
-    -------
-    list of str
-        One piece per token.
-
-    Examples
-    --------
-    >>> token_pieces("a 🤖!", [(0, 1), (1, 3), (2, 3), (2, 3), (3, 4)])
-    ['a', ' 🤖', '', '', '!']
-    """
-    pieces, done = [], 0
-    for _, end in spans:
-        pieces.append(text[done:end])
-        done = max(done, end)
-    return pieces
-
-
-def record(model: Any, input_ids: Any, layers: Iterable[int]) -> tuple[dict[int, Layer], float]:
-    """Run a model once and keep what the attention of some layers receives.
-
-    Parameters
-    ----------
-    model : transformers.PreTrainedModel
-        A causal language model in float32 that looks its attention up by name.
-    input_ids : torch.Tensor, shape [1, L]
-    layers : iterable of int
-        Which layers.
-
-    Returns
-    -------
-    layers : dict
-        Layer number → :class:`Layer`.
-    next_token_loss : float
-        Mean next-token loss on this text, nats.
-
-    Raises
-    ------
-    ValueError
-        If the model has no such layer, its attention cannot be exchanged, or attention
-        computed from the kept arrays differs from the model's by more than ``TOLERANCE``
-        (a sliding window, a soft cap, sink logits).
-    """
-    import torch
-    from transformers import AttentionInterface, AttentionMaskInterface
-
-    own_name = model.config._attn_implementation
-    if own_name not in AttentionInterface() or own_name not in AttentionMaskInterface():
-        raise ValueError(
-            f"the model's attention {own_name!r} is not in transformers' attention interface; "
-            "load it with attn_implementation='sdpa'"
-        )
-    wanted = set(layers)
-    count = model.config.get_text_config().num_hidden_layers
-    if not wanted <= set(range(count)):
-        raise ValueError(f"layers must be between 0 and {count - 1}, got {sorted(wanted)}")
-    own_attention = AttentionInterface()[own_name]
-    kept: dict[int, Layer] = {}
-
-    def keeping(
-        module: Any, query: Any, key: Any, value: Any, mask: Any, scaling: float, **rest: Any
-    ) -> Any:
-        result = own_attention(module, query, key, value, mask, scaling=scaling, **rest)
-        if module.layer_idx in wanted:
-            q, k, v = (x[0].float().numpy(force=True).copy() for x in (query, key, value))
-            output = result[0][0].float().numpy(force=True).swapaxes(0, 1)  # [Hq, L, Dv]
-            difference = max_difference(q, k, v, scaling, output)
-            if not difference <= TOLERANCE:
-                raise ValueError(
-                    f"layer {module.layer_idx} does more than softmax(scale q k) v with a causal "
-                    f"mask: its output differs by {difference:.2g}, at most {TOLERANCE} is accepted"
-                )
-            kept[module.layer_idx] = Layer(q, k, v, float(scaling), difference)
-        return result
-
-    AttentionInterface.register(_FUNCTION, keeping)
-    AttentionMaskInterface.register(_FUNCTION, AttentionMaskInterface()[own_name])
-    model.set_attn_implementation(_FUNCTION)
-    try:
-        with torch.no_grad():
-            loss = model(input_ids, labels=input_ids, use_cache=False).loss.item()
-    finally:
-        model.set_attn_implementation(own_name)
-    if set(kept) != wanted:
-        raise ValueError(
-            f"layers {sorted(wanted - set(kept))} did not call the attention interface"
-        )
-    return kept, loss
-
-
-def max_difference(
-    q: NDArray[np.float32],
-    k: NDArray[np.float32],
-    v: NDArray[np.float32],
-    softmax_scale: float,
-    output: NDArray[np.float32],
-) -> float:
-    """Return the largest difference between ``output`` and causal attention in float64.
-
-    Parameters
-    ----------
-    q : array [Hq, L, D]
-    k : array [Hkv, L, D]
-    v : array [Hkv, L, Dv]
-    softmax_scale : float
-    output : array [Hq, L, Dv]
-
-    Returns
-    -------
-    float
-
-    Examples
-    --------
-    >>> x = np.ones((1, 5, 4), np.float32)
-    >>> max_difference(x, x, x, 0.5, 1.25 * x)
-    0.25
-    """
-    worst, length = 0.0, q.shape[1]
-    for start in range(0, length, 512):  # rows of one block, so that its scores fit in memory
-        stop = min(start + 512, length)
-        ours = attention(
-            q[:, start:stop], k[:, :stop], v[:, :stop], softmax_scale=softmax_scale
-        ).output
-        worst = max(worst, float(np.abs(ours - output[:, start:stop]).max()))
-    return worst
+    def runs(self) -> dict[tuple[int, int], list[Sample]]:
+        """(number of the text, length) → samples of that run."""
+        return {
+            (number, length): [self.sample(number, length, phase) for phase in self.phases]
+            for number in range(len(self.texts))
+            for length in self.lengths
+        }
 
 
 def capture(
     model: str | Path,
     out: str | Path,
     *,
-    layer: int,
-    kv_head: int | None = None,
-    length: int = 4096,
-    text: Text | None = None,
+    texts: Sequence[Text] | None = None,
+    layers: Sequence[int] | None = None,
+    kv_heads: Sequence[int] | None = None,
+    lengths: Sequence[int] = (1024, 2048, 4096),
+    phases: Sequence[str] = PHASES,
+    decode_tokens: int = 16,
+    keep: str = "maps",
     model_name: str | None = None,
     model_license: str | None = None,
-    log: Callable[[str], object] = print,
-) -> Trace:
-    """Run a model over a text and write one layer's Q, K, V as a float16 trace.
+    progress: bool = False,
+) -> dict[str, Any]:
+    """Run a model over texts and keep what its attention does.
 
     Parameters
     ----------
-    model : path
-        Folder of a Hugging Face model, or a .gguf file.
+    model : str or path
+        A folder, a .gguf file, or a name on the Hugging Face hub.
     out : path
-        The trace to write.
-    layer : int
-    kv_head : int, optional
-        This KV head with its query heads only; default all.
-    length : int
-        Tokens, from the beginning of the text.
-    text : Text, optional
-        Default :func:`reference_text`.
+        A folder: new, empty, or of this very capture, which then goes on where it stopped.
+    texts : sequence of Text, optional
+        Default the calibration texts of :func:`sim.texts.split`.
+    layers : sequence of int, optional
+        Default all.
+    kv_heads : sequence of int, optional
+        These KV heads with their query heads; default all.
+    lengths : sequence of int
+        Tokens, from the beginning of each text.
+    phases : sequence of {"prefill", "decode"}
+    decode_tokens : int
+        Tokens to decode, greedily, after each text.
+    keep : {"maps", "counts", "qkv"}
+        Gap maps; counts of them, exact at Model Optimizer's trial thresholds and a hundredth of
+        the size; or float16 traces, one a layer.
     model_name, model_license : str, optional
         For the card; by default the name of the file or folder, and "not stated".
-    log : callable
-        Is given the checks' results, a line each.
+    progress : bool
+        Show a progress bar on stderr.
 
     Returns
     -------
-    Trace
-        As read back from the file.
+    dict
+        What ``capture.json`` holds, and ``captured``, the number of runs done now.
 
     Raises
     ------
     ValueError
-        If an argument does not fit the model or the text, or a check fails.
-    ModuleNotFoundError
+        If an argument does not fit the model, a text is too short, the folder holds something
+        else or the disk is too full; all before anything is captured.  Or if a layer's attention
+        is more than softmax(scale q k) v with a causal mask.
+    RuntimeError
         If the ``capture`` extra is not installed.
+    OSError
+        If a file cannot be written.
     """
-    default_text = text is None
-    text = reference_text() if text is None else text
-    out = Path(out)
-    network, ids, tokens = _prepare(model, text, length)
-    layers, loss = record(network, ids, [layer])
-    one = layers[layer]
-    groups, share = len(one.k), len(one.q) // len(one.k)
-    if kv_head is not None and not 0 <= kv_head < groups:
-        raise ValueError(f"kv_head must be between 0 and {groups - 1}, got {kv_head}")
-    kv_heads = range(groups) if kv_head is None else range(kv_head, kv_head + 1)
-    heads = range(kv_heads.start * share, kv_heads.stop * share)
-    q = one.q[heads.start : heads.stop]
-    k, v = (x[kv_heads.start : kv_heads.stop] for x in (one.k, one.v))
-    log(f"next-token loss on this text: {loss:.3f} nats")
-    log(f"largest difference from the model's own attention output: {one.max_difference:.2g}")
-    log(_float16_report(q, k, one.softmax_scale))
-
-    options = {
-        "--model": Path(model).name,
-        "--layer": layer,
-        "--kv-head": kv_head,
-        "--length": length,
-        "--text": None if default_text else text.title,
-        "--text-license": None if default_text else text.license,
-        "--model-name": model_name,
-        "--model-license": model_license,
-        "--out": out.name,
+    plan = _Plan(
+        tuple(split()[0] if texts is None else texts),
+        None if layers is None else tuple(layers),
+        None if kv_heads is None else tuple(kv_heads),
+        tuple(lengths),
+        tuple(phases),
+        decode_tokens,
+        keep,
+    )
+    folder = Path(out)
+    file_name = check_name(model)
+    settings = plan.settings(file_name if model_name is None else model_name)
+    earlier = _earlier(folder, settings)
+    if earlier is not None and all((folder / name).is_file() for name in earlier["files"]):
+        return {**earlier, "captured": 0}
+    loaded = load(model)
+    shapes = _check_model(loaded, plan)
+    tokens = {
+        (number, length): tokenize(loaded.tokenizer, plan.texts[number], length)
+        for number, length in plan.runs()
     }
-    given = [str(x) for option in options.items() if option[1] is not None for x in option]
-    card = {
-        "model": Path(model).name if model_name is None else model_name,
-        "license": "not stated" if model_license is None else model_license,
-        "text": text.title,
-        "text_license": text.license,
-        "layer": str(layer),
-        "heads": json.dumps([str(head) for head in heads]),
-        "kv_heads": json.dumps([str(head) for head in kv_heads]),
-        "command": shlex.join(["python", "-m", "sim.capture", *given]),
+    files = {
+        sample: _files(plan, shapes, sample)
+        for samples in plan.runs().values()
+        for sample in samples
+    }
+    record = {
+        "format": FORMAT,
+        **settings,
+        "model_config": config_hash(loaded.network),
+        "model_license": "not stated" if model_license is None else model_license,
+        "command": _command(file_name, folder, plan, texts is None, model_name, model_license),
         "date": datetime.date.today().isoformat(),
         "versions": _versions(),
-        "next_token_loss": f"{loss:.4f}",
-        "max_difference": f"{one.max_difference:.2g}",
+        "files": [name for names in files.values() for name in names],
+        "checks": {},
     }
-    half = (x.astype(np.float16) for x in (q, k, v))
-    write_trace(out, *half, tokens=tokens, softmax_scale=one.softmax_scale, card=card)
-    log(f"wrote {out}: q {list(q.shape)}, k {list(k.shape)}, v {list(v.shape)} in float16")
-    return read_trace(out)
+    if earlier is not None:
+        if earlier["model_config"] != record["model_config"]:
+            raise ValueError(
+                f"{folder} holds a capture of another model of this name: give another folder"
+            )
+        record = earlier
+    missing = {
+        sample: names
+        for sample, names in files.items()
+        if not all((folder / name).is_file() for name in names)
+    }
+    _check_space(folder, sum(_bytes(plan, shapes, sample) for sample in missing))
+    folder.mkdir(parents=True, exist_ok=True)
+    _write_record(folder, record)
+    runs = {
+        pair: [sample for sample in samples if sample in missing]
+        for pair, samples in plan.runs().items()
+        if not missing.keys().isdisjoint(samples)
+    }
+    with _bar(progress, len(missing) * len(shapes)) as bar:
+        for (number, length), samples in runs.items():
+            bar.set_description(f"text {number}, {length} tokens")
+            one = _Run(folder, plan, record, loaded, shapes, tokens[number, length], samples)
+            record["checks"][f"text{number}-{length}"] = one.capture(bar.update)
+            _write_record(folder, record)
+    return {**record, "captured": len(runs)}
 
 
-def survey(
-    model: str | Path, *, length: int = 4096, text: Text | None = None
-) -> Iterator[dict[str, float]]:
-    """Measure every head of a model: what is skipped, and where its attention lies.
+@dataclass
+class _Run:
+    """One text at one length: the samples of it that are still to be captured."""
 
-    Parameters
-    ----------
-    model : path
-        Folder of a Hugging Face model, or a .gguf file.
-    length : int
-        Tokens, from the beginning of the text.
-    text : Text, optional
-        Default :func:`reference_text`.
+    folder: Path
+    plan: _Plan
+    record: Mapping[str, Any]
+    model: Model
+    shapes: Mapping[int, Shape]
+    tokens: Tokens
+    samples: Sequence[Sample]
 
-    Yields
-    ------
-    dict
-        One head: ``layer``, ``kv_head``, ``head``; the share of tiles skipped, 64 x 128, as
-        ``<order>@<λ>``; and over the rows that see at least three key tiles the mean softmax
-        mass in the ``first`` tile, in the ``local`` two, and ``elsewhere``.
+    def capture(self, advance: Callable[[], object]) -> dict[str, float]:
+        """Run the model, write the samples' files, and return what was checked."""
+        by_phase = {sample.phase: sample for sample in self.samples}
+        kept: dict[str, dict[int, dict[str, Packed]]] = {phase: {} for phase in by_phase}
+        generated: list[int] = []
+        worst = 0.0
 
-    Raises
-    ------
-    ValueError, ModuleNotFoundError
-        As :func:`capture`.
-    """
-    text = reference_text() if text is None else text
-    network, ids, _ = _prepare(model, text, length)
-    layers, _ = record(network, ids, range(network.config.get_text_config().num_hidden_layers))
-    for number, layer in layers.items():
-        yield from _survey_layer(number, layer)
+        def take(phase: str, number: int, layer: Layer) -> None:
+            nonlocal worst
+            worst = max(worst, layer.max_difference)
+            sample = by_phase[phase]
+            if self.plan.keep == "qkv":
+                self.write_trace(sample, number, layer, generated)
+            else:
+                kept[phase][number] = self.scan(sample, layer)
+                if len(kept[phase]) == len(self.shapes):
+                    self.write_maps(sample, kept.pop(phase))
+            advance()
 
-
-def _survey_layer(number: int, layer: Layer) -> Iterator[dict[str, float]]:
-    scans = {
-        ORDERS[0]: scan(
-            layer.q, layer.k, order=ORDERS[0], softmax_scale=layer.softmax_scale, mass=True
+        loss = run(
+            self.model.network,
+            self.tokens.ids,
+            list(self.shapes),
+            take,
+            phases=list(by_phase),
+            kv_heads=self.plan.kv_heads,
+            decode_tokens=self.plan.steps if "decode" in by_phase else 0,
+            generated=generated,
         )
-    }
-    scans |= {order: scans[ORDERS[0]].replay(order=order) for order in ORDERS[1:]}
-    sparsity = {
-        f"{order}@{threshold}": one.decide(threshold).sparsity
-        for order, one in scans.items()
-        for threshold in THRESHOLDS
-    }
-    for head, places in enumerate(_places(scans[ORDERS[0]])):
-        yield {
-            "layer": number,
-            "kv_head": head * len(layer.k) // len(layer.q),
-            "head": head,
-            **{name: float(values[head]) for name, values in sparsity.items()},
-            **places,
+        return {"next_token_loss": round(loss, 4), "max_difference": float(f"{worst:.2g}")}
+
+    def scan(self, sample: Sample, layer: Layer) -> dict[str, Packed]:
+        targets, scale = _targets(sample), layer.softmax_scale
+        if sample.phase == "decode":
+            return decode_gaps(layer.q, layer.k, sample.steps, targets, softmax_scale=scale)
+        scanned = prefill_gaps(
+            layer.q, layer.k, targets, softmax_scale=scale, lengths=[sample.length]
+        )
+        return {name: packed for (_, name), packed in scanned.items()}
+
+    def write_maps(self, sample: Sample, kept: dict[int, dict[str, Packed]]) -> None:
+        layers = tuple(self.shapes)
+        kv_heads, heads = _heads(self.plan, self.shapes)
+        maps = GapMaps(
+            samples=(sample,),
+            layers=layers,
+            heads=tuple(map(str, heads)),
+            kv_heads=tuple(map(str, kv_heads)),
+            targets=tuple(_targets(sample)),
+            thresholds=None,
+            card=self.card(),
+            arrays={
+                (sample.name, name): stacked([kept[layer][name] for layer in layers])
+                for name in kept[layers[0]]
+            },
+        )
+        if self.plan.keep == "counts":
+            maps = maps.counted()
+        maps.write(self.folder / _files(self.plan, self.shapes, sample)[0])
+
+    def write_trace(
+        self, sample: Sample, number: int, layer: Layer, generated: Sequence[int]
+    ) -> None:
+        path = self.folder / _trace_name(sample, number)
+        if path.exists():
+            return
+        kv_heads, heads = _heads(self.plan, self.shapes)
+        new = [self.model.tokenizer.decode([token]) for token in generated]
+        card = {
+            **self.card(),
+            "text": sample.text,
+            "text_license": sample.license,
+            "phase": sample.phase,
+            "layer": str(number),
+            "heads": json.dumps(list(map(str, heads))),
+            "kv_heads": json.dumps(list(map(str, kv_heads))),
+            "max_difference": f"{layer.max_difference:.2g}",
+        }
+        with np.errstate(over="ignore"):  # write_trace refuses what float16 cannot hold
+            half = [x.astype(np.float16) for x in (layer.q, layer.k, layer.v)]
+        write_trace(
+            path,
+            *half,
+            tokens=self.tokens.pieces + (new if sample.phase == "decode" else []),
+            softmax_scale=layer.softmax_scale,
+            card=card,
+        )
+
+    def card(self) -> dict[str, str]:
+        named = ("model", "model_config", "command", "date", "versions")
+        return {
+            **{name: self.record[name] for name in named},
+            "license": self.record["model_license"],
         }
 
 
-def _places(one: Scan) -> list[dict[str, float]]:
-    """Mean softmax mass of each head in the first key tile, the last two seen, and between."""
-    assert one.mass is not None
-    keys = one.grid.keys
-    rows = np.arange(2 * keys, one.grid.lq)
-    own = rows // keys
-    places = []
-    for mass in one.mass:
-        first = mass[rows, 0].mean(dtype=float)
-        local = (mass[rows, own] + mass[rows, own - 1]).mean(dtype=float)
-        places.append({"first": first, "local": local, "elsewhere": 1 - first - local})
-    return places
-
-
-def _prepare(model: str | Path, text: Text, length: int) -> tuple[Any, Any, list[str]]:
-    """Load model and tokenizer; return the model, ids [1, length] and the tokens' text."""
-    path = Path(model)
-    if not path.is_dir() and not (path.is_file() and path.suffix == ".gguf"):
-        raise ValueError(f"model must be a folder or a .gguf file, got {str(model)!r}")
+def _earlier(folder: Path, settings: dict[str, Any]) -> dict[str, Any] | None:
+    """Record of the same capture in this folder, if it has begun."""
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"out must be a folder, but {folder} is a file")
+    if not folder.exists() or not any(folder.iterdir()):
+        return None
+    path = folder / RECORD
     try:
-        import torch
-        from transformers import AutoModelForCausalLM, AutoTokenizer
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(
-            f"capturing needs {error.name}: python -m pip install -e '.[capture]'"
+        record = json.loads(path.read_text(encoding="utf-8"))
+        found = {name: record[name] for name in settings}
+        assert isinstance(record["checks"], dict)
+        assert isinstance(record["model_config"], str)
+        assert all(isinstance(name, str) for name in record["files"])
+    except FileNotFoundError:
+        raise ValueError(
+            f"{folder} holds other files: give a folder that is new, empty or of this capture"
         ) from None
-    where = {"pretrained_model_name_or_path": path, "local_files_only": True}
-    if path.is_file():
-        where |= {"pretrained_model_name_or_path": path.parent, "gguf_file": path.name}
-    tokenizer = AutoTokenizer.from_pretrained(**where)
-    network = AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32).eval()
-    limit = network.config.get_text_config().max_position_embeddings
-    if not 1 < length <= limit:
-        raise ValueError(f"length must be between 2 and the model's {limit}, got {length}")
-    encoded = tokenizer(
-        text.content,
-        truncation=True,
-        max_length=length,
-        return_offsets_mapping=True,
-        return_special_tokens_mask=True,
-    )
-    ids = encoded["input_ids"]
-    if len(ids) < length:
-        raise ValueError(f"the text has only {len(ids)} of this model's tokens, not {length}")
-    pieces = token_pieces(text.content, encoded["offset_mapping"])
-    for i in np.flatnonzero(encoded["special_tokens_mask"]):
-        pieces[i] = tokenizer.convert_ids_to_tokens(ids[i])
-    return network, torch.tensor([ids]), pieces
+    except (ValueError, KeyError, TypeError, AssertionError):
+        raise ValueError(f"{path} is damaged: give another folder") from None
+    for name, wanted in settings.items():
+        if found[name] != wanted:
+            what = "" if name == "texts" else f", {found[name]} and not {wanted}"
+            raise ValueError(
+                f"{folder} holds a capture with other {name}{what}: give another folder, or the "
+                "arguments it was begun with"
+            )
+    return record
 
 
-def _float16_report(q: NDArray[np.float32], k: NDArray[np.float32], softmax_scale: float) -> str:
-    """Say what rounding q and k to float16 does to the gap map."""
-    full = scan(q, k, softmax_scale=softmax_scale)
-    half = scan(q.astype(np.float16), k.astype(np.float16), softmax_scale=softmax_scale)
-    finite = np.isfinite(full.gap)
-    moved = np.abs(full.gap[finite] - half.gap[finite])
-    changed = (full.decide(0.01).state != half.decide(0.01).state).sum()
-    visited = int(full.grid.visited().sum()) * len(q)
-    return (
-        f"float16 moves a gap by {moved.max():.2g} at most, {moved.mean():.2g} on average, "
-        f"and changes {changed} of {visited} tiles at threshold 0.01"
-    )
+def _check_model(loaded: Model, plan: _Plan) -> dict[int, Shape]:
+    """Shapes of the layers to capture, if the model and the plan fit each other."""
+    shapes = probe(loaded.network, plan.layers)
+    if len({(shape.heads, shape.kv_heads) for shape in shapes.values()}) > 1:
+        raise ValueError("the layers have different numbers of heads: choose layers that are alike")
+    count = next(iter(shapes.values())).kv_heads
+    if plan.kv_heads is not None and not set(plan.kv_heads) <= set(range(count)):
+        raise ValueError(f"kv_heads must be between 0 and {count - 1}, got {list(plan.kv_heads)}")
+    config = loaded.network.config.get_text_config()
+    limit = getattr(config, "max_position_embeddings", MAX_LENGTH)
+    longest = max(plan.lengths)
+    if longest + plan.steps > limit:
+        decoded = f" and {plan.steps} tokens to decode" if plan.steps else ""
+        raise ValueError(f"lengths{decoded} must fit in the model's {limit}, got {longest}")
+    return shapes
+
+
+def _heads(plan: _Plan, shapes: Mapping[int, Shape]) -> tuple[list[int], list[int]]:
+    """KV heads, and query heads, that are captured of each layer."""
+    shape = next(iter(shapes.values()))
+    share = shape.heads // shape.kv_heads
+    kv_heads = list(range(shape.kv_heads) if plan.kv_heads is None else plan.kv_heads)
+    return kv_heads, [head * share + i for head in kv_heads for i in range(share)]
+
+
+def _targets(sample: Sample) -> list[Target]:
+    return [target for target in TARGETS.values() if target.phase == sample.phase]
+
+
+def _files(plan: _Plan, shapes: Mapping[int, Shape], sample: Sample) -> list[str]:
+    """Names of a sample's files: one of all layers, or a trace a layer."""
+    if plan.keep == "qkv":
+        return [_trace_name(sample, layer) for layer in shapes]
+    return [f"{sample.name}.safetensors"]
+
+
+def _trace_name(sample: Sample, layer: int) -> str:
+    return f"{sample.name}-layer{layer}.safetensors"
+
+
+def _bytes(plan: _Plan, shapes: Mapping[int, Shape], sample: Sample) -> int:
+    """Bytes of a sample's arrays, about."""
+    kv_heads, heads = (len(one) for one in _heads(plan, shapes))
+    if plan.keep == "qkv":
+        rows, keys = len(sample.steps) or sample.length, sample.length + len(sample.steps)
+        query = sum(heads * rows * shape.head_dim for shape in shapes.values())
+        cache = sum(kv_heads * keys * (s.head_dim + s.value_dim) for s in shapes.values())
+        return 2 * (query + cache)
+    rows_and_tiles = [
+        (kv_heads if target.vote == "group" else heads, tiles_of_row(target, sample))
+        for target in _targets(sample)
+    ]
+    if plan.keep == "counts":
+        return len(shapes) * 4 * (len(TRIALS) + 1) * sum(rows for rows, _ in rows_and_tiles)
+    return len(shapes) * 8 * sum(rows * tiles for rows, tiles in rows_and_tiles)
+
+
+def _check_space(folder: Path, needed: int) -> None:
+    """Raise ValueError unless the disk has room for so many bytes."""
+    place = folder.absolute()
+    while not place.exists():
+        place = place.parent
+    free = shutil.disk_usage(place).free
+    if needed > free:
+        raise ValueError(
+            f"the capture needs {needed / 1e9:.2g} GB, but {folder} has {free / 1e9:.2g} GB free"
+        )
+
+
+def _write_record(folder: Path, record: Mapping[str, Any]) -> None:
+    path = folder / RECORD
+    unfinished = path.with_name(f".{RECORD}.{os.getpid()}.unfinished")
+    try:
+        text = json.dumps(record, indent=2, ensure_ascii=False)
+        unfinished.write_text(text + "\n", encoding="utf-8")
+        os.replace(unfinished, path)
+    finally:
+        unfinished.unlink(missing_ok=True)
+
+
+def _bar(progress: bool, total: int) -> Any:
+    from tqdm import tqdm
+
+    return tqdm(total=total, unit="layer", disable=not progress, file=sys.stderr)
+
+
+def _command(
+    model: str,
+    folder: Path,
+    plan: _Plan,
+    default_texts: bool,
+    model_name: str | None,
+    model_license: str | None,
+) -> str:
+    """Words that capture the same again, with names instead of paths."""
+    options: dict[str, Sequence[object] | object | None] = {
+        "--out": folder.name,
+        "--texts": None if default_texts else [text.title for text in plan.texts],
+        "--text-license": None if default_texts else plan.texts[0].license,
+        "--layers": None if plan.layers is None else ",".join(map(str, plan.layers)),
+        "--kv-heads": None if plan.kv_heads is None else ",".join(map(str, plan.kv_heads)),
+        "--lengths": plan.lengths,
+        "--phases": plan.phases,
+        "--decode-tokens": plan.decode_tokens,
+        "--keep": plan.keep,
+        "--model-name": model_name,
+        "--model-license": model_license,
+    }
+    words = ["skip-softmax", "capture", model]
+    for option, value in options.items():
+        if value is not None:
+            values = value if isinstance(value, (list, tuple)) else [value]
+            words += [option, *map(str, values)]
+    return shlex.join(words)
 
 
 def _versions() -> str:
-    packages = ("torch", "transformers", "tokenizers", "gguf", "numpy")
-    python = ".".join(map(str, sys.version_info[:3]))
-    found = []
+    packages = ("torch", "transformers", "tokenizers", "gguf", "accelerate", "numpy")
+    found = ["Python " + ".".join(map(str, sys.version_info[:3]))]
     for name in packages:
         try:
             found.append(f"{name} {metadata.version(name)}")
         except metadata.PackageNotFoundError:
             continue
-    return ", ".join([f"Python {python}", *found])
-
-
-def _print_survey(rows: Iterable[dict[str, float]]) -> list[dict[str, float]]:
-    """Print a line per KV group as its heads come, then the means; return all rows."""
-    print("Share of visited tiles skipped at 0.01, tile 64 x 128, for the heads of each group;")
-    print("and where their attention lies: first key tile / last two tiles seen / elsewhere")
-    print(f"{'layer':>5} {'kv':>3}  {'ascending':<20} {'ends_first':<20} first/local/elsewhere")
-    done: list[dict[str, float]] = []
-    group: list[dict[str, float]] = []
-
-    def print_group() -> None:
-        ascending, ends_first = (
-            " ".join(f"{row[f'{order}@0.01']:6.1%}" for row in group)
-            for order in ("ascending", "ends_first")
-        )
-        places = "  ".join(
-            "/".join(f"{row[name]:3.0%}" for name in ("first", "local", "elsewhere"))
-            for row in group
-        )
-        layer, kv_head = (int(group[0][name]) for name in ("layer", "kv_head"))
-        print(f"{layer:>5} {kv_head:>3}  {ascending:<20} {ends_first:<20} {places}", flush=True)
-
-    for row in rows:
-        if group and (row["layer"], row["kv_head"]) != (group[0]["layer"], group[0]["kv_head"]):
-            print_group()
-            group.clear()
-        group.append(row)
-        done.append(row)
-    print_group()
-    print(f"\nMean over {len(done)} heads")
-    print(f"{'threshold':>10} " + " ".join(f"{order:>11}" for order in ORDERS))
-    for threshold in THRESHOLDS:
-        means = (np.mean([row[f"{order}@{threshold}"] for row in done]) for order in ORDERS)
-        print(f"{threshold:>10} " + " ".join(f"{mean:>11.1%}" for mean in means))
-    return done
-
-
-def _write_csv(path: str, rows: Sequence[dict[str, float]]) -> None:
-    with open(path, "w", newline="", encoding="utf-8") as file:
-        table = csv.writer(file, lineterminator="\n")
-        table.writerow(rows[0])
-        for row in rows:
-            table.writerow([f"{x:.4f}" if isinstance(x, float) else x for x in row.values()])
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run ``python -m sim.capture``; return the exit status."""
-    parser = argparse.ArgumentParser(
-        prog="python -m sim.capture",
-        description="Write one layer's Q, K and V of a Hugging Face model as a trace.",
-    )
-    parser.add_argument("--model", required=True, help="folder of the model, or a .gguf file")
-    parser.add_argument("--survey", action="store_true", help="measure all heads instead")
-    parser.add_argument("--layer", type=int, help="layer to capture, counted from 0")
-    parser.add_argument("--kv-head", type=int, help="this KV head's group only (default: all)")
-    parser.add_argument("--length", type=int, default=4096, help="tokens (default: 4096)")
-    parser.add_argument("--out", help="trace to write; with --survey: table to write as CSV")
-    parser.add_argument("--text", help="UTF-8 text file (default: the Python reference)")
-    parser.add_argument("--text-license", default="not stated", help="of --text, for the card")
-    parser.add_argument("--model-name", help="for the card (default: name of the file)")
-    parser.add_argument("--model-license", help="for the card (default: not stated)")
-    args = parser.parse_args(arguments)
-    if not args.survey and (args.layer is None or args.out is None):
-        parser.error("--layer and --out are needed, or --survey")
-    try:
-        text = None
-        if args.text is not None:
-            content = Path(args.text).read_text(encoding="utf-8")
-            text = Text(content, Path(args.text).name, args.text_license)
-        if args.survey:
-            rows = _print_survey(survey(args.model, length=args.length, text=text))
-            if args.out is not None:
-                _write_csv(args.out, rows)
-        else:
-            capture(
-                args.model,
-                args.out,
-                layer=args.layer,
-                kv_head=args.kv_head,
-                length=args.length,
-                text=text,
-                model_name=args.model_name,
-                model_license=args.model_license,
-            )
-    except (ValueError, OSError, ModuleNotFoundError) as error:
-        print(f"{parser.prog}: {error}", file=sys.stderr)
-        return 1
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+    return ", ".join(found)

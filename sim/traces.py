@@ -10,27 +10,26 @@ embedding), and text about them:
   (``true`` or ``false``; absent: ``true``), and any other field (``model``, ``license``,
   ``text``, ``layer``, ``command``, …), which becomes the card.
 
-A trace may come from anybody, so the reader parses the header itself and refuses a damaged
-file, in one sentence, before it allocates anything for the arrays.  Text is never interpreted.
-The container is described at https://github.com/huggingface/safetensors#format.
+A trace may come from anybody, so the reader refuses a damaged file, in one sentence, before it
+allocates anything for the arrays (:mod:`sim.container`).
 """
 
 from __future__ import annotations
 
-import io
 import json
 import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any, BinaryIO, NoReturn
+from typing import Any, BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
 
-MAX_HEADER = 1_000_000
-"""Bytes of header accepted."""
+from sim import container
+from sim.container import ContainerError, Entry, Source, check_text, quote
 
 MAX_LENGTH = 131_072
 """Tokens accepted."""
@@ -39,11 +38,7 @@ MAX_HEADS = 1024
 MAX_HEAD_SIZE = 1024
 
 _TENSORS = ("q", "k", "v")
-_DTYPES: dict[str, np.dtype[Any]] = {
-    "F16": np.dtype("<f2"),
-    "BF16": np.dtype("<u2"),
-    "F32": np.dtype("<f4"),
-}
+_DTYPES = ("F16", "BF16", "F32")
 _NOT_CARD = ("tokens", "softmax_scale", "causal")
 
 
@@ -97,17 +92,6 @@ class Trace:
         return [f"{layer}head {number}" for number in numbers]
 
 
-@dataclass(frozen=True)
-class _Entry:
-    """One tensor as its header describes it, checked."""
-
-    name: str
-    dtype: str
-    shape: tuple[int, int, int]
-    begin: int
-    end: int
-
-
 def bundled() -> dict[str, Path]:
     """Traces of a real model that come with this package.
 
@@ -121,11 +105,11 @@ def bundled() -> dict[str, Path]:
     >>> [read_trace(path).q.shape for path in bundled().values()]
     [(3, 4096, 64), (3, 4096, 64)]
     """
-    paths = sorted((Path(__file__).parent / "data").glob("*.safetensors"))
+    paths = sorted((Path(__file__).parent / "data").glob("*-layer*.safetensors"))
     return {path.stem: path for path in paths}
 
 
-def read_trace(source: str | os.PathLike[str] | bytes | BinaryIO) -> Trace:
+def read_trace(source: Source) -> Trace:
     """Read and check a trace.
 
     Parameters
@@ -153,16 +137,11 @@ def read_trace(source: str | os.PathLike[str] | bytes | BinaryIO) -> Trace:
     >>> trace.q.dtype, trace.causal, trace.softmax_scale
     (dtype('float16'), True, 0.125)
     """
-    if isinstance(source, bytes):
-        return _read_trace(io.BytesIO(source))
-    if isinstance(source, (str, os.PathLike)):
-        with open(source, "rb") as file:
+    try:
+        with container.opened(source) as file:
             return _read_trace(file)
-    if not hasattr(source, "seek"):
-        raise TraceError(
-            f"source must be a path, bytes or a binary file, got {type(source).__name__}"
-        )
-    return _read_trace(source)
+    except ContainerError as error:
+        raise TraceError(str(error)) from None
 
 
 def write_trace(
@@ -216,8 +195,6 @@ def write_trace(
     ...     read_trace(path).head_names
     ['layer 3, head 0']
     """
-    from safetensors.numpy import save
-
     arrays = {"q": q, "k": k, "v": v}
     for name, array in arrays.items():
         if not isinstance(array, np.ndarray) or array.dtype not in (np.float16, np.float32):
@@ -225,7 +202,7 @@ def write_trace(
             raise TraceError(f"{name} must be a NumPy array of float16 or float32, got {kind}")
     for key, value in card.items():
         if not isinstance(key, str) or not isinstance(value, str):
-            raise TraceError(f"card must map strings to strings, got {_quote((key, value))}")
+            raise TraceError(f"card must map strings to strings, got {quote((key, value))}")
         if key in _NOT_CARD:
             raise TraceError(f"card must not hold {key!r}, which is an argument of its own")
     metadata = {
@@ -235,146 +212,59 @@ def write_trace(
     }
     if len(tokens):
         metadata["tokens"] = json.dumps(list(tokens), ensure_ascii=False)
-    for key, value in metadata.items():
-        _check_text(f"metadata {_quote(key)}", key + value)
-    path = Path(path)
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}.unfinished")
     try:
-        # The library writes whatever memory order it finds, so the order is made plain here.
-        contiguous = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
-        unfinished.write_bytes(save(contiguous, metadata))
-        read_trace(unfinished)
-        os.replace(unfinished, path)
-    finally:
-        unfinished.unlink(missing_ok=True)
+        container.check_metadata(metadata)
+    except ContainerError as error:
+        raise TraceError(str(error)) from None
+    container.write(path, arrays, metadata, read_trace)
 
 
 def _read_trace(file: BinaryIO) -> Trace:
-    length = file.seek(0, os.SEEK_END)
-    file.seek(0)
-    header, start = _read_header(file, length)
-    entries = _check_tensors(header, length - start)
+    header, start, available = container.read_header(file)
+    entries = _check_tensors(header, available)
     softmax_scale, causal, tokens, card = _check_metadata(header, entries)
     arrays = {name: _read_array(file, start, entry) for name, entry in entries.items()}
     return Trace(**arrays, softmax_scale=softmax_scale, causal=causal, tokens=tokens, card=card)
 
 
-def _read_header(file: BinaryIO, length: int) -> tuple[dict[str, Any], int]:
-    """Return the parsed header and the position where the arrays begin."""
-    if length < 8:
-        raise TraceError(
-            f"the file is {length} bytes long, too short for a safetensors file, "
-            "which begins with 8 bytes of header length"
-        )
-    size = int.from_bytes(_read(file, 8), "little")
-    if size > MAX_HEADER:
-        raise TraceError(
-            f"the header claims {size} bytes; at most {MAX_HEADER} are accepted (either this is "
-            "no safetensors file, or its text is too long and tokens should be left out)"
-        )
-    if 8 + size > length:
-        raise TraceError(
-            f"the header claims {size} bytes, but only {length - 8} bytes follow: "
-            "the file is cut off, or is no safetensors file"
-        )
-    try:
-        text = _read(file, size).decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise TraceError(f"the header is not valid UTF-8 (byte {error.start})") from None
-    try:
-        header = json.loads(
-            text, object_pairs_hook=_object_without_duplicates, parse_constant=_no_constant
-        )
-    except TraceError:
-        raise
-    except RecursionError:
-        raise TraceError("the header is not valid JSON for a trace: nested too deeply") from None
-    except ValueError as error:
-        raise TraceError(f"the header is not valid JSON: {error}") from None
-    if not isinstance(header, dict):
-        raise TraceError(f"the header must be a JSON object, got {_quote(header)}")
-    return header, 8 + size
-
-
-def _object_without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    names: dict[str, Any] = {}
-    for name, value in pairs:
-        if name in names:
-            raise TraceError(f"the header has {_quote(name)} twice (duplicate name)")
-        names[name] = value
-    return names
-
-
-def _no_constant(name: str) -> NoReturn:
-    raise TraceError(f"the header is not valid JSON: {name} is no JSON number")
-
-
-def _check_tensors(header: dict[str, Any], available: int) -> dict[str, _Entry]:
+def _check_tensors(header: dict[str, Any], available: int) -> dict[str, Entry]:
     """Check everything about q, k and v that can be known without reading them."""
     names = [name for name in header if name != "__metadata__"]
     for name in names:
         if name not in _TENSORS:
-            raise TraceError(f"unknown tensor {_quote(name)}; a trace holds exactly q, k and v")
+            raise TraceError(f"unknown tensor {quote(name)}; a trace holds exactly q, k and v")
     for name in _TENSORS:
         if name not in names:
             raise TraceError(f"tensor {name} is missing; a trace holds exactly q, k and v")
-    entries = {name: _check_entry(name, header[name]) for name in _TENSORS}
+    entries = {
+        name: container.check_entry(name, header[name], _DTYPES, partial(_check_sides, name))
+        for name in _TENSORS
+    }
     q, k, v = (entries[name] for name in _TENSORS)
     if not q.dtype == k.dtype == v.dtype:
         raise TraceError(
             f"q, k and v must have the same dtype, got {q.dtype}, {k.dtype} and {v.dtype}"
         )
     _check_shapes(q.shape, k.shape, v.shape)
-    _check_layout(entries, available)
+    container.check_layout(entries.values(), available)
     return entries
 
 
-def _check_entry(name: str, entry: Any) -> _Entry:
-    """Check one tensor's description by itself."""
-    if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
-        raise TraceError(
-            f"{name} must be described by exactly dtype, shape and data_offsets, "
-            f"got {_quote(sorted(entry) if isinstance(entry, dict) else entry)}"
-        )
-    dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
-    if not isinstance(dtype, str) or dtype not in _DTYPES:
-        raise TraceError(f"the dtype of {name} must be F16, BF16 or F32, got {_quote(dtype)}")
-    # bool is a kind of int in Python, and 4.0 == 4: only plain integers count.
-    if not isinstance(shape, list) or any(type(side) is not int for side in shape):
-        raise TraceError(f"the shape of {name} must be a list of integers, got {_quote(shape)}")
+def _check_sides(name: str, shape: list[int]) -> None:
+    """Check one tensor's shape by itself."""
     if len(shape) != 3:
         raise TraceError(
-            f"{name} must have rank 3, [heads, tokens, head size], got shape {_quote(shape)}"
+            f"{name} must have rank 3, [heads, tokens, head size], got shape {quote(shape)}"
         )
     limits = (MAX_HEADS, MAX_LENGTH, MAX_HEAD_SIZE)
     for what, side, limit in zip(("heads", "tokens", "head size"), shape, limits, strict=True):
         if not 1 <= side <= limit:
             raise TraceError(
-                f"the {what} of {name} must be between 1 and {limit}, got {_quote(side)}"
+                f"the {what} of {name} must be between 1 and {limit}, got {quote(side)}"
             )
-    if (
-        not isinstance(offsets, list)
-        or len(offsets) != 2
-        or any(type(offset) is not int for offset in offsets)
-        or not 0 <= offsets[0] <= offsets[1]
-    ):
-        raise TraceError(
-            f"the data_offsets of {name} must be two integers, 0 <= begin <= end, "
-            f"got {_quote(offsets)}"
-        )
-    begin, end = offsets
-    size = math.prod(shape) * _DTYPES[dtype].itemsize
-    if size != end - begin:
-        raise TraceError(
-            f"shape {shape} of {name} needs {size} bytes as {dtype}, "
-            f"but its data_offsets span {_quote(end - begin)}"
-        )
-    return _Entry(name, dtype, (shape[0], shape[1], shape[2]), begin, end)
 
 
-def _check_shapes(
-    q: tuple[int, int, int], k: tuple[int, int, int], v: tuple[int, int, int]
-) -> None:
+def _check_shapes(q: tuple[int, ...], k: tuple[int, ...], v: tuple[int, ...]) -> None:
     """Check that three shapes make one attention layer."""
     if k[1] != v[1]:
         raise TraceError(f"k and v must have the same tokens, got {k[1]} and {v[1]}")
@@ -388,40 +278,12 @@ def _check_shapes(
         raise TraceError(f"the heads of q must be a multiple of those of k, got {q[0]} and {k[0]}")
 
 
-def _check_layout(entries: dict[str, _Entry], available: int) -> None:
-    """Check that the arrays fill the rest of the file exactly once."""
-    for entry in entries.values():
-        if entry.end > available:
-            raise TraceError(
-                f"{entry.name} ends at byte {_quote(entry.end)} of the data, "
-                f"but the file has only {available}: it is cut off"
-            )
-    position, previous = 0, "the header"
-    for entry in sorted(entries.values(), key=lambda entry: entry.begin):
-        if entry.begin < position:
-            raise TraceError(f"{previous} and {entry.name} overlap at byte {entry.begin}")
-        if entry.begin > position:
-            raise TraceError(
-                f"there is a hole of {entry.begin - position} bytes "
-                f"between {previous} and {entry.name}"
-            )
-        position, previous = entry.end, entry.name
-    if position != available:
-        raise TraceError(f"{available - position} bytes are left over after {previous}")
-
-
 def _check_metadata(
-    header: dict[str, Any], entries: dict[str, _Entry]
+    header: dict[str, Any], entries: dict[str, Entry]
 ) -> tuple[float, bool, list[str], dict[str, str]]:
     """Return softmax scale, causal, tokens and card."""
-    metadata = header.get("__metadata__", {})
-    if not isinstance(metadata, dict):
-        raise TraceError(f"__metadata__ must be a JSON object, got {_quote(metadata)}")
-    for key, value in metadata.items():
-        if not isinstance(value, str):
-            raise TraceError(f"metadata {_quote(key)} must be a string, got {_quote(value)}")
-        _check_text(f"metadata {_quote(key)}", key + value)
-
+    metadata = header["__metadata__"]
+    container.check_metadata(metadata)
     heads, _, head_size = entries["q"].shape
     text = metadata.get("softmax_scale", str(head_size**-0.5))
     try:
@@ -429,11 +291,11 @@ def _check_metadata(
     except ValueError:
         softmax_scale = math.nan
     if not (math.isfinite(softmax_scale) and softmax_scale > 0):
-        raise TraceError(f"softmax_scale must be a finite number above 0, got {_quote(text)}")
+        raise TraceError(f"softmax_scale must be a finite number above 0, got {quote(text)}")
 
     causal = metadata.get("causal", "true")
     if causal not in ("true", "false"):
-        raise TraceError(f"causal must be 'true' or 'false', got {_quote(causal)}")
+        raise TraceError(f"causal must be 'true' or 'false', got {quote(causal)}")
 
     tokens = []
     if "tokens" in metadata:
@@ -452,29 +314,16 @@ def _strings(name: str, text: str, count: int) -> list[str]:
     except (ValueError, RecursionError):
         value = None
     if not isinstance(value, list) or any(not isinstance(item, str) for item in value):
-        raise TraceError(f"{name} must be a JSON list of strings, got {_quote(text)}")
+        raise TraceError(f"{name} must be a JSON list of strings, got {quote(text)}")
     if len(value) != count:
         raise TraceError(f"{name} must be {count} strings, got {len(value)}")
     for item in value:
-        _check_text(name, item)
+        check_text(name, item)
     return value
 
 
-def _check_text(what: str, text: str) -> None:
-    # JSON can spell half of a surrogate pair, which no page, terminal or file can take.
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError:
-        raise TraceError(f"{what} is not valid text: it holds a lone surrogate") from None
-
-
-def _read_array(file: BinaryIO, start: int, entry: _Entry) -> NDArray[Any]:
-    file.seek(start + entry.begin)
-    raw = np.frombuffer(_read(file, entry.end - entry.begin), _DTYPES[entry.dtype])
-    array: NDArray[Any] = raw.reshape(entry.shape)
-    if entry.dtype == "BF16":
-        # A bfloat16 is the upper half of a float32.
-        array = (array.astype(np.uint32) << 16).view(np.float32)
+def _read_array(file: BinaryIO, start: int, entry: Entry) -> NDArray[Any]:
+    array = container.read_array(file, start, entry)
     for head, rows in enumerate(array):
         finite = np.isfinite(rows)
         if not finite.all():
@@ -482,23 +331,4 @@ def _read_array(file: BinaryIO, start: int, entry: _Entry) -> NDArray[Any]:
             raise TraceError(
                 f"{entry.name} has a value that is not finite at head {head}, token {token}"
             )
-    array.setflags(write=False)
     return array
-
-
-def _read(file: BinaryIO, size: int) -> bytes:
-    data = file.read(size)
-    if not isinstance(data, bytes):
-        raise TraceError(f"source must be opened in binary mode, got {type(data).__name__}")
-    if len(data) != size:
-        raise TraceError(f"the file ended {size - len(data)} bytes early while it was read")
-    return data
-
-
-def _quote(value: object) -> str:
-    """Quote text from a file briefly; it may be a megabyte long."""
-    # An integer of thousands of digits cannot be printed at all.
-    if isinstance(value, int) and abs(value) >= 1 << 64:
-        return "an integer beyond 64 bits"
-    text = ascii(value)
-    return text if len(text) <= 60 else f"{text[:57]}…"

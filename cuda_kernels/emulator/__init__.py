@@ -1,8 +1,9 @@
 """Runs a kernel's own Python source on the CPU, one cooperative thread per CUDA thread.
 
-It reports what a GPU would pass over in silence: reads of what has not arrived, missing barriers,
-accesses out of bounds, deadlocks, warp-wide instructions that some lanes do not reach.  It does
-not prove integer types (the compiler does) or speed; its timeline is that of a simple model.
+It reports what a GPU would pass over in silence: reads of what has not arrived, missing barriers
+and fences, accesses out of bounds, deadlocks, warp-wide instructions that some lanes do not reach,
+phases of an mbarrier that nobody waited for, copies and products under way at the end.  It does not
+prove integer types (the compiler does) or speed; its timeline is that of a simple model.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from cuda_kernels.emulator.block import Block, event_of
 from cuda_kernels.emulator.errors import EmulationError
 from cuda_kernels.emulator.source import Source, source_of
 from cuda_kernels.emulator.timeline import Event, to_chrome, to_plain, write_chrome
+from cuda_kernels.ptx.tensor_map import TensorMap
 
 SCHEDULES = ("late", "early", "both")
 MAX_SHARED_BYTES = 232448  # 227 KiB: the most that a block can have on any GPU so far
@@ -59,13 +61,13 @@ def emulate(
     grid, block : int or tuple of up to 3 int
         Blocks, run one after the other, and threads of each.
     *args
-        NumPy arrays and scalars.
+        NumPy arrays, scalars, and tensor maps of NumPy arrays.
     shared_bytes : int
         Dynamic shared memory of a block.
     schedule : str
-        ``late``: asynchronous copies happen as late as they may.  ``early``: as early as they may,
-        and threads run in reverse order.  ``both`` (default): one after the other, on copies the
-        first time; the results must be bitwise equal.
+        ``late``: asynchronous copies and products happen as late as they may.  ``early``: as early
+        as they may, and threads run in reverse order.  ``both`` (default): one after the other, on
+        copies the first time; the results must be bitwise equal.
 
     Returns
     -------
@@ -110,9 +112,10 @@ def emulate(
             f"got {len(args)}"
         )
     for name, argument in zip(names, args, strict=True):
-        if not isinstance(argument, (np.ndarray, np.generic, int, float)):
+        if not isinstance(argument, (np.ndarray, np.generic, int, float, TensorMap)):
             raise ValueError(
-                f"argument {name} must be a NumPy array or a number, got {type(argument).__name__}"
+                f"argument {name} must be a NumPy array, a number or a tensor map, got "
+                f"{type(argument).__name__}"
             )
 
     def run(arguments: list[Any], late: bool) -> Emulation:
@@ -133,12 +136,13 @@ def emulate(
     with np.errstate(all="ignore"):
         if schedule != "both":
             return run(list(args), schedule == "late")
-        copies = [_clone(a) if isinstance(a, np.ndarray) else a for a in args]
-        run(copies, late=True)
+        arrays = [array for a in args if (array := _array(a)) is not None]
+        clones = {key: _clone(array) for key, array in {id(a): a for a in arrays}.items()}
+        run([_on_clone(a, clones) for a in args], late=True)
         done = run(list(args), late=False)
-    for name, late, early in zip(names, copies, args, strict=True):
-        if isinstance(late, np.ndarray):
-            _compare(name, late, early)
+    for name, argument in zip(names, args, strict=True):
+        if (array := _array(argument)) is not None:
+            _compare(name, clones[id(array)], array)
     return done
 
 
@@ -164,6 +168,19 @@ def _compare(name: str, late: NDArray[Any], early: NDArray[Any]) -> None:
             f"argument {name} depends on when asynchronous copies happen and in which order "
             f"threads run: the two schedules differ, first at byte {first}"
         )
+
+
+def _array(argument: Any) -> NDArray[Any] | None:
+    """Return the array that an argument is, or describes."""
+    if isinstance(argument, TensorMap):
+        return argument.array
+    return argument if isinstance(argument, np.ndarray) else None
+
+
+def _on_clone(argument: Any, clones: dict[int, NDArray[Any]]) -> Any:
+    if isinstance(argument, TensorMap):
+        return TensorMap(clones[id(argument.array)], argument.box)
+    return clones[id(argument)] if isinstance(argument, np.ndarray) else argument
 
 
 def _clone(array: NDArray[Any]) -> NDArray[Any]:

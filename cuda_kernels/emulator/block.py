@@ -30,11 +30,15 @@ from cuda_kernels.emulator.errors import (
 from cuda_kernels.emulator.registers import Registers
 from cuda_kernels.emulator.shared import SharedMemory
 from cuda_kernels.emulator.timeline import Event
+from cuda_kernels.emulator.transactions import Stores, Transactions
+from cuda_kernels.emulator.warpgroup import Warpgroup
 from cuda_kernels.ptx import machine
 from cuda_kernels.ptx.instruction import Instruction
 
 PER_LANE = object()
 """Stands for a scalar operand of an issued instruction: every lane has its own."""
+
+REGISTERS = 65536  # of an SM, all of which a block of warpgroups takes
 
 Index = tuple[int, int, int]
 Copy = tuple[int, Any, int, Any]  # shared address, source bytes, size with the fill, place
@@ -85,6 +89,7 @@ class Warp:
     def __init__(self, block: Block, number: int) -> None:
         self.block = block
         self.number = number
+        self.group = block.groups[number // 4]
         self.threads: list[Thread] = []
         self.running: Any = None
         self.queue: list[Issued] = []
@@ -153,6 +158,12 @@ class Thread:
         self.result: Any = None
         self.tile = -1
         self.declared: dict[Site, int] = {}
+        self.group = warp.group
+        self.products = 0  # of its warpgroup that this thread has issued
+        self.commits: list[int] = []  # products before each commit since the last wait
+        self.waited = 0  # products that it has waited for
+        self.fences = 0  # wgmma_fence so far
+        self.stores: Stores | None = None
         self._copies: list[Copy] = []
         self._groups: list[tuple[float, list[Copy]]] = []
         self.greenlet = greenlet(self._main, block.hub)
@@ -169,12 +180,19 @@ class Thread:
             raise self._placed(error) from error.__cause__
         except (IndexError, TypeError, ValueError, OverflowError, ZeroDivisionError) as error:
             raise self._placed(error) from error
+        left = self.stores.left() if self.stores is not None else ""
+        if self.products > self.waited:
+            left = f"{self.products - self.waited} wgmma with no wgmma_wait for them"
+        if left:
+            raise EmulationError(
+                f"thread {self.number} of block {self.block.index} ends with {left}"
+            )
 
     def _placed(self, error: Exception) -> EmulationError:
         """Say which thread it was, and where in the kernel."""
         place = _deepest(error, self._run.__code__)
         text = str(error)
-        if not text.startswith("warp "):
+        if not text.startswith(("warp ", "warps ")):
             text = f"thread {self.number} of block {self.block.index}, {place}: {text}"
         placed = EmulationError(text)
         placed.placed = True  # type: ignore[attr-defined]
@@ -363,6 +381,64 @@ class Thread:
 
         self.meet("sync_warp", mask & self.warp_mask(), None, finish, 4, "sync_warp")
 
+    # --- and Hopper's
+
+    def init_mbarrier(self, address: int, count: int) -> None:
+        """Make an mbarrier."""
+        self.block.transactions.init(self, address, count)
+
+    def fence_mbarriers(self) -> None:
+        """Let copies use this thread's mbarriers."""
+        self.block.transactions.fence_init(self)
+
+    def arrive_mbarrier(self, address: int, size: int) -> None:
+        """Arrive once, and expect bytes."""
+        self.block.transactions.arrive(self, address, size)
+
+    def wait_mbarrier(self, address: int, parity: int, until: bool) -> int:
+        """Wait for a phase, or for a short time."""
+        return self.block.transactions.wait(self, address, parity, until)
+
+    def fence_proxy(self) -> None:
+        """Let Hopper's units see plain stores."""
+        self.block.shared.fence_proxy(self.number)
+        self.block.transactions.fence_init(self)
+
+    def load_box(self, shared: int, source: Any, barrier: int, index: tuple[int, ...]) -> None:
+        """Begin to copy a box to shared memory."""
+        self.block.transactions.load(self, shared, source, barrier, index)
+
+    def store_box(self, target: Any, shared: int, index: tuple[int, ...]) -> None:
+        """Begin to copy a box from shared memory."""
+        self.block.transactions.store(self, target, shared, index)
+
+    def commit_boxes(self) -> None:
+        """Close a group of stores."""
+        if self.stores is not None:
+            self.stores.commit()
+
+    def wait_boxes(self, pending: int) -> None:
+        """Wait for groups of stores."""
+        if self.stores is not None:
+            self.stores.wait(pending)
+
+    def fence_products(self) -> None:
+        """Order register accesses before the products that follow."""
+        self.fences += 1
+        self.group.used = True
+
+    def commit_products(self) -> None:
+        """Close a group of products."""
+        self.commits.append(self.products)
+
+    def wait_products(self, pending: int, d: Any, n: int) -> None:
+        """Wait for groups of products."""
+        self.group.wait(self, pending, d, n)
+
+    def change_registers(self, count: int, direction: int) -> None:
+        """Give back or take registers."""
+        self.group.change_registers(self, count, direction)
+
     def mark_tile(self, tile: int) -> None:
         """Label the events that follow."""
         self.tile = tile
@@ -427,6 +503,11 @@ class Block:
         self.barriers: dict[int, Barrier] = {}
         self.copies_until = 0.0
         self.running: Any = None
+        self.transactions = Transactions(self)
+        self.registers = min(REGISTERS // count // 8 * 8, 256)  # per thread, at the launch
+        self.free_registers = 0
+        self.wanting: list[Warpgroup] = []
+        self.groups = [Warpgroup(self, number) for number in range((count + 127) // 128)]
         self.warps = [Warp(self, number) for number in range((count + 31) // 32)]
         self.threads: list[Thread] = []
         for number in range(count):
@@ -438,7 +519,7 @@ class Block:
             warp._rows = np.array([thread.number for thread in warp.threads])
         self._events = events
         self._busy: dict[str, float] = {}
-        self._ready: list[tuple[float, int, list[Thread]]] = []
+        self._ready: list[tuple[float, int, Any]] = []  # clock, order, threads or what to do
         self._woken = 0
 
     def run(self) -> float:
@@ -447,6 +528,9 @@ class Block:
         try:
             while self._ready:
                 _, _, threads = heapq.heappop(self._ready)
+                if callable(threads):
+                    threads()
+                    continue
                 for thread in threads:
                     self.running = thread.warp.running = thread
                     machine.set_running(thread)
@@ -456,6 +540,7 @@ class Block:
         stuck = [thread for thread in self.threads if not thread.greenlet.dead]
         if stuck:
             raise EmulationError(self._deadlock(stuck))
+        self._check_end()
         return max(thread.clock for thread in self.threads)
 
     def wake(self, threads: list[Thread], clock: float) -> None:
@@ -465,6 +550,28 @@ class Block:
         order = sorted(threads, key=_number, reverse=not self.late)
         self._woken += 1
         heapq.heappush(self._ready, (clock, self._woken, order))
+
+    def at(self, clock: float, action: Callable[[], None]) -> None:
+        """Do something at a clock."""
+        self._woken += 1
+        heapq.heappush(self._ready, (clock, self._woken, action))
+
+    def hand_over_registers(self) -> None:
+        """Let warpgroups have the registers that they wait for, as long as there are some."""
+        served = True
+        while served:
+            waiting = [group for group in self.wanting if not group.take_registers()]
+            served = len(waiting) < len(self.wanting)
+            self.wanting = waiting
+
+    def _check_end(self) -> None:
+        """Report what a finished block leaves behind."""
+        self.transactions.check_end()
+        for name, barrier in self.barriers.items():
+            raise EmulationError(
+                f"block {self.index} ends with arrivals at barrier {name} that nobody waits for: "
+                f"{len(barrier.arrived)} of {barrier.count} threads ({ranges(barrier.arrived)})"
+            )
 
     def reserve(self, cost: timing.Cost, warp: int, clock: float) -> float:
         """Return when a unit begins an instruction that is ready at ``clock``."""
@@ -494,6 +601,9 @@ class Block:
         for name, barrier in self.barriers.items():
             arrived = len(barrier.waiting) + len(barrier.arrived)
             parts.append(f"barrier {name} has seen {arrived} of {barrier.count} threads")
+        parts += [m.state() for m in self.transactions.barriers.values() if m.waiting]
+        if self.wanting:
+            parts.append(f"{self.free_registers} registers are free: setmaxnreg does not add up")
         return f"deadlock in block {self.index}: {'; '.join(parts)}"
 
 

@@ -34,6 +34,7 @@ def issue(block: Block, made: Instruction) -> Callable[..., None]:
         for operand, (parameter, argument) in zip(made.operands(given), given.items(), strict=True):
             if operand.count is not None:
                 check_tile(argument, operand.count, LETTERS[operand.letter], name, parameter)
+                _touch(argument, thread, bool(operand.access))
         issued = Issued(made, key_of(args), site_of(frame), thread.tile)
         issued.args = [PER_LANE if i in scalars else a for i, a in enumerate(args)]
         thread.warp.queue.append(issued)
@@ -93,7 +94,7 @@ def perform(block: Block, made: Instruction) -> Callable[..., Any]:
     body, cost = made.body, timing.cost_of(made.__name__)
     operands = made.operands({}) if isinstance(made.constraints, str) and made.text else []
     tiles = [
-        (i, operand.count, LETTERS[operand.letter])
+        (i, operand.count, LETTERS[operand.letter], bool(operand.access))
         for i, operand in enumerate(o for o in operands if not o.returned)
         if operand.count is not None
     ]
@@ -105,8 +106,9 @@ def perform(block: Block, made: Instruction) -> Callable[..., Any]:
             thread.settle()
         if tiles:
             values = list(args)
-            for i, count, dtype in tiles:
+            for i, count, dtype, written in tiles:
                 check_tile(args[i], count, dtype, made.__name__, made.parameters[i])
+                _touch(args[i], thread, written)
                 values[i] = args[i].lanes[thread.lane]
             thread.clock += cost.latency
             return body(*values)
@@ -125,15 +127,47 @@ def helper(block: Block, function: Callable[..., Any], name: str) -> Callable[..
         if thread.issued > thread.warp.executed:
             thread.settle()
         lane, size, values = thread.lane, 0, []
+        lent: list[Any] = []
         for argument in args:
             if isinstance(argument, Registers):
                 size = max(size, argument.size)
+                if thread.group.used:
+                    argument.stamp = thread.fences  # it may write
+                    if argument.base.guards is not None:
+                        argument.check(thread)
+                        if argument.lent(thread):
+                            lent.append((argument, argument.lanes[lane].copy()))
                 argument = argument.lanes[lane]
             values.append(argument)
         start = thread.clock
         thread.clock += size * timing.ELEMENT
         if lane == 0:
             block.record(thread.warp.number, name, start, thread.clock, thread.tile, thread.site)
-        return function(*values)
+        result = function(*values)
+        for argument, before in lent:
+            if argument.lanes[lane].tobytes() != before.tobytes():
+                argument.check(thread, writing=True)
+        return result
 
     return call
+
+
+def multiply(block: Block, made: Instruction) -> Callable[..., None]:
+    """Return what a kernel calls for a product of a warpgroup."""
+
+    def call(*args: Any) -> None:
+        thread = block.running
+        thread.enter(sys._getframe(1))
+        thread.group.issue(thread, made, args)
+
+    return call
+
+
+def _touch(tile: Registers, thread: Thread, written: bool) -> None:
+    """An instruction reads or writes a tile that ``wgmma`` may use too."""
+    if not thread.group.used:
+        return
+    if written:
+        tile.stamp = thread.fences
+    if tile.base.guards is not None:
+        tile.check(thread, written)

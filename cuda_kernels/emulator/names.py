@@ -12,7 +12,7 @@ from cuda_kernels.emulator import timing
 from cuda_kernels.emulator.arrays import SharedArray
 from cuda_kernels.emulator.block import Block
 from cuda_kernels.emulator.errors import EmulationError, site_of
-from cuda_kernels.emulator.registers import Registers
+from cuda_kernels.emulator.registers import Registers, empty
 
 ALL = 0xFFFFFFFF
 
@@ -59,10 +59,20 @@ class Local:
         shape = (shape,) if isinstance(shape, int) else tuple(shape)
         site = site_of(sys._getframe(1))
         number = thread.declared[site] = thread.declared.get(site, -1) + 1
-        tiles = thread.warp.tiles
-        if (site, number) not in tiles:
-            tiles[site, number] = Registers.empty(thread.warp, shape, dtype_of(dtype))
-        return tiles[site, number]
+        key, tiles = (site, number), thread.warp.tiles
+        if key not in tiles:
+            tiles[key] = self._declare(thread.warp, key, shape, dtype_of(dtype))
+        return tiles[key]
+
+    def _declare(self, warp: Any, key: Any, shape: tuple[int, ...], dtype: Any) -> Registers:
+        group = warp.group
+        if not group.whole:
+            return Registers(warp, empty((32, *shape), dtype), key=key)
+        if key not in group.tiles:
+            group.tiles[key] = empty((128, *shape), dtype)
+        first = 32 * (warp.number % 4)
+        values = group.tiles[key]
+        return Registers(warp, values[first : first + 32], values, key=key)
 
 
 class Atomic:

@@ -5,11 +5,17 @@ clock.  An access is in order if a barrier lies between it and the others' acces
 follow: every thread keeps, of each other thread, the clock up to which it has seen its accesses
 (a vector clock), and a barrier joins what its threads have seen.  A byte that nothing was written
 to, or that an asynchronous copy is still to fill, is poison.
+
+Hopper's units access shared memory on their own.  Each is one more actor beside the threads, with a
+clock of its own: an mbarrier's is its phase, and what TMA brings for it is seen by who has waited
+for that phase; a warpgroup's tensor cores count products, a thread's bulk stores their groups.
+They see a plain store only after a proxy fence, of which there is a vector clock too.
 """
 
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,6 +24,7 @@ from cuda_kernels.emulator.errors import EmulationError, Site, describe_site
 
 STATIC_BASE = 1024  # on a GPU the first bytes are the system's, and no array begins at address 0
 DYNAMIC_BASE = 1 << 16
+ADDRESS_LIMIT = 1 << 18  # what the descriptor of a wgmma can say
 
 # An access is one integer: the thread's clock, the place in the source, the thread.
 _CLOCK, _SITE = 32, 12
@@ -38,14 +45,20 @@ class SharedMemory:
     """
 
     def __init__(self, threads: int, dynamic_bytes: int) -> None:
-        size = DYNAMIC_BASE + 2048 + (dynamic_bytes + 15) // 16 * 16
+        room = (dynamic_bytes + 15) // 16 * 16
+        self._dynamic_base = min(DYNAMIC_BASE, (ADDRESS_LIMIT - room) // 2048 * 2048 - 2048)
+        size = self._dynamic_base + 2048 + room
         self.dynamic_bytes = dynamic_bytes
+        self.threads = threads
         self.bytes = np.zeros(size, np.uint8)
         self.epoch = 0  # barriers of the whole block so far
         self.seen = np.zeros((threads, threads), np.int64)  # vector clocks; [t, t] is t's own
         np.fill_diagonal(self.seen, 1)
+        self.fenced: NDArray[np.int64] | None = None  # of plain stores, what a proxy fence followed
+        self.version = 0  # of what threads have seen
+        self._actors: list[Callable[[int, str], str]] = []  # beyond the threads: how to say it
         self._written = np.zeros(size, np.int64)  # last write of every byte; 0: never
-        self._read = np.zeros(((threads + 31) // 32, size), np.int64)  # last read by each warp
+        self._reads: dict[int, NDArray[np.int64]] = {}  # last read of every byte, by reader
         # Per 16 bytes, the epoch of the last write and of the last access: most checks end here.
         self._write_epoch = np.full(size // 16, _NEVER, np.int64)
         self._access_epoch = np.full(size // 16, -1, np.int64)
@@ -66,8 +79,8 @@ class SharedMemory:
         if site not in self._static:
             # Aligned as declared and no better, with a gap behind it.
             address = -(-self._next_static // (2 * alignment)) * 2 * alignment + alignment
-            if address + size > DYNAMIC_BASE:
-                raise EmulationError("more than 48 KiB of static shared memory")
+            if address + size > self._dynamic_base:
+                raise EmulationError("more static shared memory than there is: 48 KiB, or less")
             self._next_static = address + size + 16
             self._static[site] = address
             self._regions.append((address, address + size))
@@ -78,7 +91,7 @@ class SharedMemory:
         if self._dynamic is None:
             if alignment > 1024:
                 raise EmulationError(f"an alignment of {alignment} bytes; at most 1024 is modelled")
-            self._dynamic = DYNAMIC_BASE + alignment
+            self._dynamic = self._dynamic_base + alignment
             self._regions.append((self._dynamic, self._dynamic + self.dynamic_bytes))
         return self._dynamic
 
@@ -86,6 +99,10 @@ class SharedMemory:
         """Report an access outside all arrays, or one whose address is no multiple of its size."""
         if address % size:
             raise EmulationError(f"{what} of {size} bytes at shared address {address}: misaligned")
+        self.check_range(address, size, what)
+
+    def check_range(self, address: int, size: int, what: str) -> None:
+        """Report an access outside all arrays."""
         for first, end in self._regions:
             if first <= address and address + size <= end:
                 return
@@ -104,7 +121,7 @@ class SharedMemory:
             if self._write_epochs[chunk] >= self.epoch:
                 self._check_read(thread, address, end)
                 break
-        self._read[thread >> 5, address:end] = self._access(thread, site)
+        self._reader(thread >> 5)[address:end] = self._access(thread, site)
         for chunk in range(first, last + 1):
             if self._access_epochs[chunk] < self.epoch:
                 self._access_epochs[chunk] = self.epoch
@@ -155,6 +172,12 @@ class SharedMemory:
             if whole or self._write_epochs[chunk] < _NEVER:
                 self._write_epochs[chunk] = self.epoch
 
+    def _reader(self, reader: int) -> NDArray[np.int64]:
+        """Return the last read of every byte by one warp, or by an actor beyond the threads."""
+        if reader not in self._reads:
+            self._reads[reader] = np.zeros(len(self.bytes), np.int64)
+        return self._reads[reader]
+
     def _claim(self, thread: int, address: int, end: int) -> None:
         """Report a write that does not follow every other access to these bytes."""
         for chunk in range(address >> 4, ((end - 1) >> 4) + 1):
@@ -163,11 +186,17 @@ class SharedMemory:
         else:
             return
         seen = self.seen[thread]
-        for access in np.unique(self._written[address:end]):
-            clock, place, other = _parts(int(access))
+        for access in _distinct(self._written[address:end]):
+            clock, place, other = _parts(access)
             if clock <= seen[other]:
                 continue
             byte = address + int(np.flatnonzero(self._written[address:end] == access)[0])
+            if other >= self.threads:
+                raise EmulationError(
+                    f"write to shared address {byte}, which {self._actor(other, clock)} "
+                    f"({self._place(place)}) may still fill: "
+                    f"{self._not_waited(other, clock, thread)}"
+                )
             if clock == _IN_FLIGHT:
                 raise EmulationError(
                     f"write to shared address {byte}, which an asynchronous copy of thread {other} "
@@ -177,11 +206,19 @@ class SharedMemory:
                 f"write to shared address {byte}, which thread {other} has written "
                 f"({self._place(place)}) with no barrier between"
             )
-        reads = self._read[:, address:end]
-        late = reads >> _CLOCK > seen[reads & _THREAD_MASK]
-        if late.any():
-            warp, offset = np.argwhere(late)[0]
-            _, place, other = _parts(int(reads[warp, offset]))
+        for accesses in self._reads.values():
+            reads = accesses[address:end]
+            late = reads >> _CLOCK > seen[reads & _THREAD_MASK]
+            if not late.any():
+                continue
+            offset = int(np.flatnonzero(late)[0])
+            clock, place, other = _parts(int(reads[offset]))
+            if other >= self.threads:
+                raise EmulationError(
+                    f"write to shared address {address + offset}, which "
+                    f"{self._actor(other, clock)} ({self._place(place)}) may still read: "
+                    f"{self._not_waited(other, clock, thread)}"
+                )
             raise EmulationError(
                 f"write to shared address {address + offset}, which thread {other} has read "
                 f"({self._place(place)}) with no barrier between"
@@ -190,14 +227,20 @@ class SharedMemory:
     def _check_read(self, thread: int, address: int, end: int) -> None:
         """Report a read of poison, or of another's write that no barrier has made visible."""
         seen = self.seen[thread]
-        for access in np.unique(self._written[address:end]):
-            clock, place, other = _parts(int(access))
+        for access in _distinct(self._written[address:end]):
+            clock, place, other = _parts(access)
             if access and clock <= seen[other]:
                 continue
             byte = address + int(np.flatnonzero(self._written[address:end] == access)[0])
             if not access:
                 raise EmulationError(
                     f"read of poison: nothing was written to shared address {byte}"
+                )
+            if other >= self.threads:
+                raise EmulationError(
+                    f"read of poison: shared address {byte} is filled by "
+                    f"{self._actor(other, clock)} ({self._place(place)}), but "
+                    f"{self._not_waited(other, clock, thread)}"
                 )
             if clock == _IN_FLIGHT:
                 raise EmulationError(
@@ -231,9 +274,117 @@ class SharedMemory:
                 if self._write_epochs[address >> 4] >= self.epoch:
                     self._check_read(thread, address, address + size)
         accesses = self._access(0, site, 0) + threads + (self.seen[threads, threads] << _CLOCK)
-        self._read[threads[0] >> 5, index] = accesses[:, None]
+        self._reader(int(threads[0]) >> 5)[index] = accesses[:, None]
         self._access_epoch[chunks] = self.epoch
         return self.bytes[index]
+
+    # --- Hopper's units
+
+    def add_actor(self, describe: Callable[[int, str], str]) -> int:
+        """Return the number of a unit that accesses shared memory on its own.
+
+        ``describe(clock, who)`` says what it did at a clock, or with ``who`` what that one missed.
+        """
+        number = self.threads + len(self._actors)
+        if number > _THREAD_MASK:
+            raise EmulationError("more mbarriers than are modelled")
+        self._actors.append(describe)
+        if number >= self.seen.shape[1]:
+            more = np.zeros((self.threads, 32), np.int64)
+            self.seen = np.concatenate([self.seen, more], axis=1)
+        return number
+
+    def fence_proxy(self, thread: int) -> None:
+        """Units may see what ``thread`` has seen."""
+        if self.fenced is None:
+            self.fenced = np.zeros((self.threads, self.threads), np.int64)
+        known = self.fenced[thread]
+        np.maximum(known, self.seen[thread, : self.threads], out=known)
+        # What it writes from now on is another matter.
+        self.seen[thread, thread] += 1
+        self.version += 1
+
+    def fence_of(self, threads: slice) -> NDArray[np.int64]:
+        """Return the clocks up to which all of ``threads`` know plain stores to be fenced."""
+        if self.fenced is None:
+            return np.zeros(self.threads, np.int64)
+        return self.fenced[threads].min(axis=0)
+
+    def begin_fill(self, thread: int, address: int, size: int, actor: int, clock: int, site: Site
+                   ) -> None:  # fmt: skip
+        """From now on ``actor``, for ``thread``, may write these bytes, until its ``clock``."""
+        end = address + size
+        self._claim(thread, address, end)
+        fence = self.fence_of(slice(thread, thread + 1))
+        self._check_fence(self._written[address:end], fence, np.arange(address, end))
+        self._written[address:end] = self._access(actor, site, clock)
+        self._write_epoch[address >> 4 : end + 15 >> 4] = _NEVER
+        self._access_epoch[address >> 4 : end + 15 >> 4] = _NEVER
+
+    def read_as(
+        self, actor: int, clock: int, addresses: NDArray[np.int64], site: Site,
+        seen: NDArray[np.int64], fence: NDArray[np.int64], who: str,
+    ) -> NDArray[np.uint8]:  # fmt: skip
+        """Return 16 bytes per address, read by ``actor`` for threads that have ``seen`` so much."""
+        if (addresses & 15).any() or not self._inside(addresses, 16):
+            for address in addresses.tolist():
+                self.check_bounds(address, 16, "read")
+        index = addresses[:, None] + _SIXTEEN
+        written = self._written[index]
+        for access in _distinct(written):
+            when, place, other = _parts(access)
+            if access and when <= (seen[other] if other < len(seen) else 0):
+                continue
+            byte = int(index[written == access][0])
+            if not access:
+                raise EmulationError(
+                    f"read of poison: nothing was written to shared address {byte}"
+                )
+            if other >= self.threads:
+                raise EmulationError(
+                    f"read of poison: shared address {byte} is filled by "
+                    f"{self._actor(other, when)} ({self._place(place)}), but "
+                    f"{self._actors[other - self.threads](when, who)}"
+                )
+            raise EmulationError(
+                f"read of shared address {byte}, which thread {other} has written "
+                f"({self._place(place)}) with no barrier between"
+            )
+        self._check_fence(written, fence, index)
+        self._reader(actor)[index] = self._access(actor, site, clock)
+        self._access_epoch[addresses >> 4] = _NEVER
+        return self.bytes[index]
+
+    def _check_fence(
+        self, written: NDArray[np.int64], fence: NDArray[np.int64], index: NDArray[np.int64]
+    ) -> None:
+        """Report plain stores, at these addresses, that no proxy fence has shown to the units."""
+        for access in _distinct(written):
+            clock, place, other = _parts(access)
+            if other >= self.threads or clock <= fence[other]:
+                continue
+            raise EmulationError(
+                f"asynchronous access to shared address {int(index[written == access][0])}, which "
+                f"thread {other} has written ({self._place(place)}) with no fence_proxy_async "
+                "between"
+            )
+
+    def acquire(self, threads: list[int] | slice, seen: NDArray[np.int64], fence: NDArray[np.int64]
+                ) -> None:  # fmt: skip
+        """``threads`` see what others have let go."""
+        width = len(seen)
+        self.seen[threads, :width] = np.maximum(self.seen[threads, :width], seen)
+        if fence.any():
+            if self.fenced is None:
+                self.fenced = np.zeros((self.threads, self.threads), np.int64)
+            self.fenced[threads] = np.maximum(self.fenced[threads], fence)
+        self.version += 1
+
+    def _actor(self, number: int, clock: int) -> str:
+        return self._actors[number - self.threads](clock, "")
+
+    def _not_waited(self, number: int, clock: int, thread: int) -> str:
+        return self._actors[number - self.threads](clock, f"thread {thread}")
 
     def _inside(self, addresses: NDArray[np.int64], size: int) -> bool:
         low, high = addresses.min(), addresses.max() + size
@@ -249,6 +400,9 @@ class SharedMemory:
         seen = self.seen[everyone].max(axis=0)
         self.seen[threads] = seen
         self.seen[everyone, everyone] += 1
+        if self.fenced is not None:
+            self.fenced[threads] = self.fenced[everyone].max(axis=0)
+        self.version += 1
 
     def _access(self, thread: int, site: Site, clock: int | None = None) -> int:
         place = self._sites.setdefault(site, len(self._sites))
@@ -261,6 +415,14 @@ class SharedMemory:
 
 
 _SIXTEEN = np.arange(16)
+
+
+def _distinct(accesses: NDArray[np.int64]) -> list[int]:
+    """Return the different accesses; most often there is one."""
+    first = accesses.flat[0]
+    if (accesses == first).all():
+        return [int(first)]
+    return np.unique(accesses).tolist()
 
 
 def _parts(access: int) -> tuple[int, int, int]:

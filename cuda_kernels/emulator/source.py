@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from cuda_kernels.emulator.block import Block
-from cuda_kernels.emulator.calls import exchange, helper, issue, perform
+from cuda_kernels.emulator.calls import exchange, helper, issue, multiply, perform
 from cuda_kernels.emulator.names import Cuda
 from cuda_kernels.ptx.compiler import KernelSource, SourceOnlyCuda
 from cuda_kernels.ptx.fragment import CPU_BODIES
@@ -110,6 +110,8 @@ class Source:
     def _instruction(self, made: Instruction) -> Callable[..., Any]:
         if isinstance(made, AddressOf) or made.scope == "thread":
             return perform(self._block, made)
+        if made.scope == "warpgroup":
+            return multiply(self._block, made)
         literals = dict.fromkeys(made.parameters, 0)
         if any(operand.returned for operand in made.operands(literals)):
             return exchange(self._block, made)

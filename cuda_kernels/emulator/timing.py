@@ -41,9 +41,15 @@ SHUFFLE = 24.0  # cycles until every lane has the other's value
 BARRIER = 20.0  # cycles from the last arrival to the release
 COPY_LATENCY = 500.0  # cycles from the first asynchronous copy of a group until it may be there
 COPY_BYTES = 32.0  # bytes a cycle that asynchronous copies bring to an SM
+TMA_LATENCY = 600.0  # cycles from the start of a copy by TMA until its first bytes are there
 ELEMENT = 2.0  # cycles for one element of a register tile in a fragment helper
 
 
 def cost_of(name: str) -> Cost:
     """Return the cost of an instruction."""
     return COSTS.get(name, OTHER)
+
+
+def wgmma(n: int) -> Cost:
+    """Return the cost of one ``wgmma`` of 64 × n × 16: n / 2 cycles of all tensor cores."""
+    return Cost("tensor cores", n / 2, n / 2 + 30)

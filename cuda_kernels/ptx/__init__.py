@@ -11,5 +11,14 @@ Kernels import from :mod:`cuda_kernels.ptx.language`; the families below it are 
 ``arithmetic``  ex2, packed conversions, bit casts
 ==============  ================================================
 
+and Hopper's:
+
+==============  ================================================
+``wgmma``       products by four warps, from shared memory
+``tma``         copies of whole boxes, begun by one thread
+``mbarrier``    barriers that count threads and bytes
+``registers``   registers that change hands
+==============  ================================================
+
 A new instruction is one decorated function: see :mod:`cuda_kernels.ptx.instruction`.
 """

@@ -38,6 +38,21 @@ def ex2(x: Any) -> Any:
     return y if y >= _SMALLEST_NORMAL or y != y else _ZERO
 
 
+@instruction("rcp.approx.ftz.f32 $0, $1;", "=f,f", pure=True)
+def rcp(x: Any) -> Any:
+    """Return 1 / x; rcp(0) is infinite, and numbers below 2**-126 are 0 on either side.
+
+    PTX ISA: ``rcp``, maximum error 1 unit in the last place.  Division proper calls a function.
+
+    Examples
+    --------
+    >>> rcp(4.0), rcp(np.inf)
+    (np.float32(0.25), np.float32(0.0))
+    """
+    with np.errstate(divide="ignore"):
+        return np.float32(_flush(np.float32(1) / _flush(np.float32(x))))
+
+
 @instruction(lambda dtype: f"cvt.rn.{format_name(dtype)}x2.f32 $0, $2, $1;", "=r,f,f,n", pure=True)
 def pack(low: Any, high: Any, dtype: int) -> Any:
     """Round two float32 to F16 or BF16 and pack them, ``low`` into bits 0–15.
@@ -77,3 +92,13 @@ def bits_float(bits: int) -> Any:
     np.float32(1.0)
     """
     return np.uint32(bits).view(np.float32)
+
+
+@instruction("mov.b32 $0, $1;", "=r,r")
+def anew(x: int) -> int:
+    """Return x, so that what is computed from it is computed here, and every time.
+
+    Compilers move what does not change out of a loop, where it occupies a register all along; that
+    can be one register too many.  PTX ISA: ``mov``.
+    """
+    return x

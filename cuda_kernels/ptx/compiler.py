@@ -71,6 +71,7 @@ if COMPILES:
     from numba import cuda
     from numba.cuda import cgutils, types
     from numba.cuda.core.targetconfig import ConfigStack
+    from numba.cuda.extending import core_models, register_model
     from numba.cuda.typing.templates import infer, infer_global, make_intrinsic_template
 
     int32, int64 = types.int32, types.int64
@@ -81,6 +82,35 @@ else:
     int32, int64 = SCALARS["int32"], SCALARS["int64"]
     uint8, uint16, uint32, uint64 = (SCALARS[f"uint{bits}"] for bits in (8, 16, 32, 64))
     float16, float32, float64 = (SCALARS[f"float{bits}"] for bits in (16, 32, 64))
+
+
+TENSOR_MAP: Any = None
+"""Numba's type of a tensor map that a kernel takes by value; None where nothing compiles."""
+
+if COMPILES:
+
+    class TensorMapType(types.Type):
+        """128 bytes that only the TMA unit reads."""
+
+        def __init__(self) -> None:
+            super().__init__(name="tensor_map")
+
+    _TENSOR_MAP_BYTES = ir.ArrayType(ir.IntType(64), 16)
+
+    @register_model(TensorMapType)
+    class _TensorMapModel(core_models.PrimitiveModel):
+        def __init__(self, manager: Any, kind: Any) -> None:
+            super().__init__(manager, kind, ir.PointerType(_TENSOR_MAP_BYTES))
+
+    class _ByValue(ir.values.ArgumentAttributes):
+        """Attributes of a parameter that lies in constant memory as a whole."""
+
+        named = False  # whether LLVM wants the type too: not NVVM's dialect up to Hopper
+
+        def _to_list(self, kind: Any) -> list[str]:
+            return [f"byval({kind.pointee})" if self.named else "byval", "align 64"]
+
+    TENSOR_MAP = TensorMapType()
 
 
 def device_function(function: Callable[..., Any]) -> Any:
@@ -179,12 +209,16 @@ def _register(made: Instruction, typing: Callable[..., Any], parameters: list[st
     infer_global(made, types.Function(template))
 
 
-def _check_target(made: Instruction, error: type[Exception]) -> None:
+def _architecture() -> tuple[Any, ...] | None:
     flags = ConfigStack.top_or_none()
     if flags is None or not flags.is_set("compute_capability"):
-        return
-    architecture = tuple(flags.compute_capability)
-    if not made.target.has(architecture):
+        return None
+    return tuple(flags.compute_capability)
+
+
+def _check_target(made: Instruction, error: type[Exception]) -> None:
+    architecture = _architecture()
+    if architecture is not None and not made.target.has(architecture):
         name = f"sm_{''.join(str(part) for part in architecture)}"
         raise error(f"{made.__name__} needs {made.target}; this kernel is compiled for {name}")
 
@@ -203,6 +237,10 @@ def _accept(
     if operand.literal:
         if not isinstance(argument, types.IntegerLiteral):
             raise error(_not_literal(made, name))
+        return argument
+    if operand.letter == "t":
+        if argument != TENSOR_MAP:
+            raise error(f"{made.__name__}: {name} must be a tensor map, got {argument}")
         return argument
     wanted = _scalar(operand.letter)
     if operand.count is None:
@@ -265,6 +303,9 @@ def _emit(
         value, kind = next(arguments)
         if operand.literal:
             names.append(str(kind.literal_value))
+        elif operand.letter == "t":
+            _take_by_value(builder)
+            names.append(given("l", builder.ptrtoint(value, ir.IntType(64))))
         elif operand.count is None:
             names.append(given(operand.letter, value))
         else:
@@ -310,3 +351,24 @@ def _emit(
     if len(returned) == 1:
         return returned[0]
     return context.make_tuple(builder, signature.return_type, returned)
+
+
+def _take_by_value(builder: Any) -> None:
+    """Make the kernel take its tensor maps by value (``__grid_constant__``): TMA reads them there.
+
+    The instruction is in the kernel itself, as fragments are inlined.
+    """
+    function, module = builder.function, builder.module
+    found = [
+        (number, argument)  # number 0 is Numba's status, which goes: the others count from 1
+        for number, argument in enumerate(function.args)
+        if argument.type == ir.PointerType(_TENSOR_MAP_BYTES)
+    ]
+    if isinstance(found[0][1].attributes, _ByValue):
+        return
+    for _, argument in found:
+        argument.attributes = _ByValue()
+        argument.attributes.named = (_architecture() or (9, 0)) >= (10, 0)
+    places = module.add_metadata([ir.Constant(ir.IntType(32), number) for number, _ in found])
+    entry = module.add_metadata((function, ir.MetaDataString(module, "grid_constant"), places))
+    cgutils.get_or_insert_named_metadata(module, "nvvm.annotations").add(entry)

@@ -6,6 +6,7 @@ list them: first what the function returns, then its arguments.
 =========  ===================================================================================
 ``=f``     returned value
 ``f``      argument
+``t``      tensor map, a parameter of the kernel
 ``n``      compile-time integer: a literal, or a global or closed-over integer, at the call
 ``4f``     argument: a register tile (``cuda.local.array`` or a row of one) of four values
 ``=4f``    register tile that the instruction writes
@@ -30,7 +31,7 @@ from typing import Any
 from cuda_kernels.ptx import compiler
 
 LETTERS = {"f": "float32", "d": "float64", "h": "uint16", "r": "uint32", "l": "uint64"}
-SCOPES = ("thread", "warp")
+SCOPES = ("thread", "warp", "warpgroup")
 
 Text = str | Callable[..., str]
 
@@ -66,12 +67,12 @@ class Operand:
         >>> Operand.parse("+4f")
         Operand(access='+', count=4, letter='f')
         """
-        match = re.fullmatch(r"([=+]?)(\d*)([fdhrln])", text.strip())
+        match = re.fullmatch(r"([=+]?)(\d*)([fdhrlnt])", text.strip())
         if not match:
             raise ValueError(f"no such constraint: {text!r}; see cuda_kernels.ptx.instruction")
         access, count, letter = match.groups()
         operand = cls(access, int(count) if count else None, letter)
-        if (access == "+" and not count) or (letter == "n" and (access or count)):
+        if (access == "+" and not count) or (letter in "nt" and (access or count)):
             raise ValueError(f"no such constraint: {text!r}; see cuda_kernels.ptx.instruction")
         return operand
 
@@ -99,7 +100,8 @@ class Instruction:
     body : callable
         The CPU model.
     scope : str
-        ``thread``, or ``warp`` for an instruction that all lanes execute together.
+        ``thread``, ``warp`` for an instruction that all lanes execute together, or ``warpgroup``
+        for one that four warps do.
     parameters : tuple of str
         Names of the arguments.
     """
@@ -200,7 +202,7 @@ def instruction(
     constraints : str or callable
         What the operands are; see the module's table.
     scope : str
-        ``thread``, or ``warp`` if all lanes must execute it together.
+        ``thread``, ``warp`` if all lanes must execute it together, ``warpgroup`` if four warps.
     target : str
         ``sm_80``: that architecture and later; ``sm_90a``: that one alone.
     memory : bool

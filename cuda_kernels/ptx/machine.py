@@ -15,10 +15,10 @@ Bytes = NDArray[np.uint8]
 
 
 class Machine(Protocol):
-    """One emulated thread; for a warp-wide instruction, its whole warp.
+    """One emulated thread; for an instruction of a warp or a warpgroup, all of that.
 
-    Addresses are Python integers: 32-bit shared, 64-bit global.  A warp's methods take one address
-    per row of the result.
+    Addresses are Python integers: 32-bit shared, 64-bit global.  The methods of more than one
+    thread take one address per row of the result.
     """
 
     def load_shared(self, address: Any, size: int) -> Bytes:
@@ -50,6 +50,49 @@ class Machine(Protocol):
 
     def sync_warp(self, mask: int) -> None:
         """Wait for the lanes in ``mask`` and see what they wrote."""
+
+    # --- Hopper's
+
+    def init_mbarrier(self, address: int, count: int) -> None:
+        """Make an mbarrier for ``count`` arrivals."""
+
+    def fence_mbarriers(self) -> None:
+        """Let asynchronous copies see this thread's mbarriers."""
+
+    def arrive_mbarrier(self, address: int, size: int) -> None:
+        """Arrive once and expect ``size`` more bytes."""
+
+    def wait_mbarrier(self, address: int, parity: int, until: bool) -> int:
+        """Return 1 when the phase of this parity has ended, or 0 before, unless ``until``."""
+
+    def fence_proxy(self) -> None:
+        """Let asynchronous reads see plain stores to shared memory."""
+
+    def load_box(self, shared: int, source: Any, barrier: int, index: tuple[int, ...]) -> None:
+        """Begin to copy a box of a tensor map to shared memory."""
+
+    def store_box(self, target: Any, shared: int, index: tuple[int, ...]) -> None:
+        """Begin to copy a box from shared memory."""
+
+    def commit_boxes(self) -> None:
+        """Close the group of stores begun since the last call."""
+
+    def wait_boxes(self, pending: int) -> None:
+        """Wait until all but ``pending`` groups of stores have read shared memory."""
+
+    def fence_products(self) -> None:
+        """Order register accesses before the warpgroup's next products."""
+
+    def commit_products(self) -> None:
+        """Close the group of products begun since the last call."""
+
+    def wait_products(self, pending: int, d: Any, n: int) -> None:
+        """Wait until ``pending`` groups of products are under way; D, n columns, may be read."""
+
+    def change_registers(self, count: int, direction: int) -> None:
+        """Give registers back (−1) or take them (1), as a whole warpgroup."""
+
+    # --- and what is no instruction
 
     def mark_tile(self, tile: int) -> None:
         """Label the events that follow."""

@@ -83,3 +83,15 @@ def ld_shared_32(address: int) -> int:
 def st_shared_32(address: int, x: int) -> None:
     """Write 4 bytes to shared memory.  PTX ISA: ``st``."""
     running().store_shared(address, _bytes(x))
+
+
+@instruction("ld.shared.v4.f32 $0, [$1];", "=4f,r", memory=True)
+def ld_shared_4f(r: Any, address: int) -> None:
+    """Read 16 bytes of shared memory into a register tile of 4 float32.  PTX ISA: ``ld``."""
+    r[...] = _words(running().load_shared(address, 16)).view(np.float32).reshape(np.shape(r))
+
+
+@instruction("st.shared.v4.f32 [$0], $1;", "r,4f", memory=True)
+def st_shared_4f(address: int, r: Any) -> None:
+    """Write a register tile of 4 float32 to shared memory.  PTX ISA: ``st``."""
+    running().store_shared(address, np.ascontiguousarray(r, np.float32).reshape(-1).view(np.uint8))

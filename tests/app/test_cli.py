@@ -147,8 +147,24 @@ def test_ctrl_c(
     assert len(capsys.readouterr().err.splitlines()) == 1
 
 
+@pytest.mark.parametrize("command", ["capture", "calibrate", "evaluate"])
+def test_ctrl_c_in_a_long_command(
+    command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    def interrupted(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    for name in ("sim.capture.capture", "sim.evaluation.evaluate"):
+        monkeypatch.setattr(name, interrupted)
+    monkeypatch.setattr("app.command_calibrate.calibrate_files", interrupted)
+    out = [] if command == "calibrate" else ["--out", str(tmp_path / "out")]
+    assert cli.main([command, "anything", *out]) == 130
+    assert capsys.readouterr().err == "Interrupted.\n"
+
+
 def test_help_loads_no_numpy_and_scan_no_streamlit(root: Path, small: Path) -> None:
-    assert "numpy" not in loaded_by(root, "--help")
+    for command in ([], ["capture"], ["calibrate"], ["evaluate"]):
+        assert "numpy" not in loaded_by(root, *command, "--help")
     loaded = loaded_by(root, "scan", str(small))
     assert "numpy" in loaded
     assert not loaded & {"streamlit", "pandas", "numba", "torch"}

@@ -4,7 +4,13 @@ import numpy as np
 import pytest
 
 import sim
-from cuda_kernels import Device, backends, skip_softmax_attention
+from cuda_kernels import (
+    Device,
+    backends,
+    detect,
+    skip_softmax_attention,
+    skip_softmax_plan,
+)
 
 RNG = np.random.default_rng(5)
 Q = RNG.standard_normal((2, 40, 4, 16)).astype(np.float16)
@@ -117,6 +123,11 @@ WIDE = np.zeros((2, 40, 4, 32), np.float16)
         ),
         ({"backend": "simt", "emulate": True}, ValueError, "emulate=True runs the mma kernel"),
         ({"backend": None, "emulate": True}, ValueError, "the mma kernel decides on tiles of 64"),
+        ({"q_lens": [40]}, ValueError, "q_lens must be 2 integers on the host"),
+        ({"kv_lens": [57, 1]}, ValueError, r"kv_lens must be between 0 and 56, got \[57, 1\]"),
+        ({"kv_lens": [1.0, 2.0]}, ValueError, "kv_lens must be 2 integers on the host"),
+        ({"window": 0}, ValueError, "window must be between 1"),
+        ({"window": 3, "causal": False}, ValueError, "a window needs the causal mask"),
         ({"cu_seqlens_q": [0]}, ValueError, "cu_seqlens_q is not supported yet"),
         ({"cu_seqlens_k": [0]}, ValueError, "cu_seqlens_k is not supported yet"),
         ({"page_table": [0]}, ValueError, "page_table is not supported yet"),
@@ -197,3 +208,12 @@ def test_a_broken_driver_ends_in_a_sentence(monkeypatch):
 
     monkeypatch.setattr(cuda, "is_available", broken)
     assert backends.detect().reason == "the CUDA driver does not work (libcuda.so is a stub)"
+
+
+def test_a_plan_refuses_before_it_compiles():
+    with pytest.raises(ValueError, match="the mma kernel takes head_dim 64 and 128"):
+        skip_softmax_plan(Q, K, V, threshold=0.5)
+    q, k, v = np.zeros((3, 1, 64, 1, 64), np.float16)
+    if detect().kind == "none":
+        with pytest.raises(RuntimeError, match="no kernel can run here"):
+            skip_softmax_plan(q, k, v, threshold=0.5)

@@ -6,7 +6,7 @@ import pytest
 from cases import MMA_CASES, Case
 from run_cases import run
 
-from cuda_kernels import detect, skip_softmax_attention
+from cuda_kernels import detect, skip_softmax_attention, skip_softmax_plan
 
 
 def name(case):
@@ -52,6 +52,68 @@ def test_emulated_padding_may_hold_anything():
     out, clean = (skip_softmax_attention(*x, **settings) for x in (wide, tensors))
     assert np.isfinite(out).all()
     assert out.tobytes() == clean.tobytes()
+
+
+RAGGED = [  # head sizes, lengths of the arrays, of the requests, window, causal
+    ((64, 64), (130, 200), ([130, 70], [200, 90]), None, True),
+    ((64, 64), (70, 300), ([70], [300]), 100, True),
+    ((64, 64), (66, 140), ([0, 66, 5], [140, 0, 140]), 64, True),
+    ((128, 128), (65, 129), ([65, 1], [129, 128]), None, False),
+    ((192, 128), (64, 140), ([64], [140]), None, True),
+]
+
+
+def ragged(sizes, lengths, own, dtype=np.float16):
+    """Tensors whose rows beyond a request's own are NaN, and the same with zeros there."""
+    rng = np.random.default_rng([*sizes, *lengths])
+    (d, dv), (lq, lk), (q_lens, kv_lens) = sizes, lengths, own
+    batch = len(q_lens)
+    shapes = ((batch, lq, 2, d), (batch, lk, 1, d), (batch, lk, 1, dv))
+    holed = [rng.standard_normal(shape).astype(dtype) for shape in shapes]
+    for x, lens in zip(holed, (q_lens, kv_lens, kv_lens), strict=True):
+        for b, length in enumerate(lens):
+            x[b, length:] = np.nan
+    return holed, [np.nan_to_num(x) for x in holed]
+
+
+def agree(out, report, expected, reference):
+    """The same tiles, and outputs as near as their dtype lets them be."""
+    assert np.array_equal(report.tiles.state, reference.tiles.state)
+    np.testing.assert_allclose(out.astype(float), expected.astype(float), atol=4e-3)
+    np.testing.assert_allclose(report.lse, reference.lse, atol=2e-3)
+    np.testing.assert_allclose(report.dropped_mass_bound, reference.dropped_mass_bound, atol=2e-2)
+
+
+@pytest.mark.parametrize(("sizes", "lengths", "own", "window", "causal"), RAGGED)
+def test_emulated_windows_and_unequal_lengths(sizes, lengths, own, window, causal):
+    holed, whole = ragged(sizes, lengths, own)
+    settings = {
+        "threshold": 0.6, "window": window, "causal": causal, "q_lens": own[0], "kv_lens": own[1],
+        "return_report": True,
+    }  # fmt: skip
+    got = skip_softmax_attention(*holed, **settings, emulate=True)
+    expected = skip_softmax_attention(*whole, **settings, backend="reference")
+    agree(*got, *expected)
+    for b, length in enumerate(own[0]):
+        assert (got[0][b, length:] == 0).all()
+
+
+def test_reference_of_unequal_lengths_is_that_of_each_request():
+    _, whole = ragged((64, 64), (130, 200), ([130, 70], [200, 90]))
+    settings = {"threshold": 0.5, "backend": "reference", "tile": (8, 16)}
+    both = skip_softmax_attention(*whole, q_lens=[130, 70], kv_lens=[200, 90], **settings)
+    alone = [x[1:, :n] for x, n in zip(whole, (70, 90, 90), strict=True)]
+    assert np.array_equal(both[1:, :70], skip_softmax_attention(*alone, **settings))
+    assert (both[1, 70:] == 0).all()
+
+
+def test_a_factor_is_divided_by_the_keys_of_each_request():
+    _, whole = ragged((64, 64), (64, 200), ([64, 64], [200, 50]))
+    _, report = skip_softmax_attention(
+        *whole, threshold_scale_factor=20, kv_lens=[200, 50], backend="reference",
+        return_report=True,
+    )  # fmt: skip
+    assert report.threshold.tolist() == [[0.1, 0.1], [0.4, 0.4]]
 
 
 needs_gpu = pytest.mark.gpu
@@ -139,3 +201,38 @@ def test_strides_streams_and_thresholds_per_head_on_the_gpu(cupy):
         assert (out == same).all()
         assert report.sparsity[0, 0] == 0
         assert report.sparsity[0, 2] >= report.sparsity[0, 1]
+
+
+@needs_gpu
+@pytest.mark.parametrize(("sizes", "lengths", "own", "window", "causal"), RAGGED)
+def test_windows_and_unequal_lengths_on_the_gpu(sizes, lengths, own, window, causal, cupy):
+    holed, whole = ragged(sizes, lengths, own)
+    settings = {
+        "threshold": 0.6, "window": window, "causal": causal, "q_lens": own[0], "kv_lens": own[1],
+        "return_report": True,
+    }  # fmt: skip
+    out, report = skip_softmax_attention(*(cupy.asarray(x) for x in holed), **settings)
+    assert report.backend == "mma"
+    expected, reference = skip_softmax_attention(*whole, **settings, backend="reference")
+    assert np.array_equal(report.tiles.state, reference.tiles.state)
+    np.testing.assert_allclose(cupy.asnumpy(out).astype(float), expected.astype(float), atol=4e-3)
+
+
+@needs_gpu
+def test_a_plan_launches_again_and_in_a_graph_on_the_gpu(cupy):
+    torch = pytest.importorskip("torch")
+    q, k, v = (torch.randn(1, 300, 2, 64, device="cuda", dtype=torch.float16) for _ in range(3))
+    plan = skip_softmax_plan(q, k, v, threshold=0.2)
+    expected = skip_softmax_attention(q, k, v, threshold=0.2)
+    out = torch.full_like(q, float("nan"))
+    assert plan(q, k, v, out=out) is out
+    assert (out == expected).all()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        plan(q, k, v, out=out)
+    q.copy_(torch.randn_like(q))
+    graph.replay()
+    assert (out == skip_softmax_attention(q, k, v, threshold=0.2)).all()
+    assert plan.report.sparsity.shape == (1, 2)
+    with pytest.raises(ValueError, match="k must be as planned"):
+        plan(q, k[:, 1:], v)

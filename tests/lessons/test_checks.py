@@ -107,6 +107,12 @@ def test_pictures():
     assert [ones.getpixel((24 * j + 1, 1)) for j in range(2)] == [(0, 0, 0), (255, 0, 0)]
     sheet = pictures.side_by_side([two, two], ["left", "right"])
     assert sheet.size == (2 * 192, 2 + 26)
+    series = [("a", np.array([1.0, 100]), np.array([50.0, 50])), ("b", np.array([10.0]), [500.0])]
+    axes = pictures.chart(series, ("x", "y"), log_x=True, x_range=(1, 100))
+    assert axes.size == (64 + 560 + 24, 64 + 320 + 48)
+    middle = 64 + 160
+    on_the_line = [axes.getpixel((64 + 560 // 3, y)) for y in (middle, middle + 10, 64 + 2)]
+    assert on_the_line == [blue, white, white], "and what lies outside is not drawn"
     bars = pictures.bars_under_line(np.array([1.0, 3.0]), np.array([3.0, 3.0]), ("bars", "line"))
     top = [bars.getpixel((30 + 20 * i + 10, 60)) for i in range(2)]
     assert top == [white, blue]

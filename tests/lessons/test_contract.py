@@ -30,7 +30,7 @@ def text(path: Path) -> str:
 
 
 def test_there_are_lessons_and_solutions_one_for_one():
-    assert [lesson.number for lesson in LESSONS] == [0, 1, 2, 3, 4, 5, 6, 7]
+    assert [lesson.number for lesson in LESSONS] == list(range(11))
     assert [lesson.path.name[:2] for lesson in LESSONS] == [f"{one.number:02}" for one in LESSONS]
     solutions = sorted((catalogue.LESSONS / "solutions").glob("*.py"))
     assert solutions == [lesson.solution for lesson in LESSONS]
@@ -147,6 +147,51 @@ WRONG = [
     ("07_vote_races_divergence", "mine = t >= rows or ", "mine = ", "do not exist vote"),
     ("07_vote_races_divergence", "= bar_red_and(1, THREADS, mine)", "= mine", "all must vote"),
     ("07_vote_races_divergence", "range(5):\n        top", "range(4):\n        top", "and 16"),
+    ("08_sparsity_against_error", "visited & (gap", "(gap", "not visited has gap"),
+    ("08_sparsity_against_error", "/ visited.sum()", "/ visited.size", "skipped ÷ visited"),
+    ("08_sparsity_against_error", "gap < ln_lam)", "gap < np.exp(ln_lam))", "below ln λ"),
+    (
+        "08_sparsity_against_error",
+        "repeat(vote_rows, axis=0)[: len(mass)]",
+        "repeat(vote_rows, axis=0)",
+        "repeat|and crop",
+    ),
+    (
+        "08_sparsity_against_error",
+        "np.where(left_out, mass",
+        "np.where(left_out, 0 * mass",
+        "alike",
+    ),
+    ("08_sparsity_against_error", "- lost) / (1 - delta)[:, None]", "- lost)", "the other parts"),
+    (
+        "09_calibrating_a_real_model",
+        "lengths[:, None] * lams",
+        "lams + 0 * lengths[:, None]",
+        "times",
+    ),
+    ("09_calibrating_a_real_model", ">= 0.1) & (sparsity <= 0.9)", ">= 0)", "the line bends"),
+    (
+        "09_calibrating_a_real_model",
+        "np.polyfit(sparsity, np.log(factor), 1)",
+        "np.polyfit(sparsity, factor, 1)",
+        "slope",
+    ),
+    (
+        "09_calibrating_a_real_model",
+        "b, ln_a = np.polyfit(sparsity, np.log(factor), 1)",
+        "t, r = np.polyfit(np.log(factor), sparsity, 1)\n    b, ln_a = 1 / t, -r / t",
+        "least squares",
+    ),
+    ("10_the_certified_bound", "seen * np.exp", "np.exp", "n keys that the row sees"),
+    ("10_the_certified_bound", "u *= alpha", "u *= 1", "multiplied by alpha"),
+    ("10_the_certified_bound", "(mine > -np.inf).sum(axis=1)", "mine.shape[1]", "row sees"),
+    ("10_the_certified_bound", "mine = s[:, owner == t]", "mine = s[:, owner == 0]", "own columns"),
+    (
+        "10_the_certified_bound",
+        "u.sum(axis=0) / (l + u.sum(axis=0))",
+        "u.sum(axis=0) / l",
+        "l \\+ u",
+    ),
 ]
 
 

@@ -14,13 +14,8 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save
 
-from sim.traces import (
-    MAX_HEADER,
-    TraceError,
-    bundled,
-    read_trace,
-    write_trace,
-)
+from sim.container import MAX_HEADER
+from sim.traces import TraceError, bundled, read_trace, write_trace
 
 SIZES = {"F16": 2, "BF16": 2, "F32": 4}
 
@@ -111,7 +106,7 @@ DAMAGED = {
     "empty header": (pack(b""), "not valid JSON: Expecting value"),
     "JSON with NaN": (edited("[0, 128]", "[0, NaN]"), "not valid JSON: NaN"),
     "endless integer": (edited("[0, 128]", f"[0, {'9' * 5000}]"), "not valid JSON: .*digits"),
-    "deep nesting": (pack("[" * 200_000), "not valid JSON for a trace: nested too deeply"),
+    "deep nesting": (pack("[" * 200_000), "the header is not valid JSON: nested too deeply"),
     "a list": (pack([1, 2]), r"must be a JSON object, got \[1, 2\]"),
     "duplicate tensor": (edited('"k": ', '"q": '), "has 'q' twice"),
     "duplicate field": (edited('"dtype"', '"dtype": "F16", "dtype"'), "has 'dtype' twice"),
@@ -410,7 +405,7 @@ def test_interrupted_write_leaves_the_old_file(tmp_path, monkeypatch):
     def interrupted(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("sim.traces.os.replace", interrupted)
+    monkeypatch.setattr("sim.container.os.replace", interrupted)
     with pytest.raises(KeyboardInterrupt):
         write_trace(path, ONE, ONE, ONE, softmax_scale=1, card={})
     assert path.read_bytes() == VALID

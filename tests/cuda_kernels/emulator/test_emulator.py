@@ -395,7 +395,7 @@ def test_chrome_trace(tmp_path):
         ({"schedule": "lucky"}, "schedule must be one of late, early, both, got 'lucky'"),
         ({"shared_bytes": 10**6}, "shared_bytes must be 0 to 232448"),
         ({"args": ()}, r"pipeline takes 1 arguments \(out\), got 0"),
-        ({"args": ([1],)}, "argument out must be a NumPy array or a number, got list"),
+        ({"args": ([1],)}, "out must be a NumPy array, a number or a tensor map, got list"),
         ({"args": (np.zeros(64)[::-1],)}, "negative strides"),
         ({"kernel": 3}, "kernel must be a function"),
     ],

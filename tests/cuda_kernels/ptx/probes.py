@@ -13,6 +13,7 @@ import numpy as np
 from cuda_kernels.ptx.language import (
     BF16,
     F16,
+    anew,
     ballot,
     bar_arrive,
     bar_red_and,
@@ -35,6 +36,7 @@ from cuda_kernels.ptx.language import (
     i32,
     ld_global_128,
     ld_global_nc_128,
+    ld_shared_4f,
     ld_shared_32,
     ld_shared_128,
     ldmatrix_x2,
@@ -44,12 +46,14 @@ from cuda_kernels.ptx.language import (
     mark_tile,
     mma_m16n8k16,
     pack,
+    rcp,
     shared_address,
     shfl_bfly_f32,
     shfl_bfly_u32,
     shfl_idx_u32,
     st_global_32,
     st_global_128,
+    st_shared_4f,
     st_shared_32,
     st_shared_128,
     sync_warp,
@@ -299,6 +303,43 @@ def ex2_expected(x):
     return np.where(np.abs(y) < np.finfo(np.float32).tiny, np.float32(0), y)
 
 
+@cuda.jit
+def reciprocals(x, out):
+    i = cuda.grid(1)
+    out[i] = rcp(x[i])
+
+
+def rcp_inputs():
+    special = [0.0, -0.0, np.inf, -np.inf, np.nan, 1e-40, 1e38, -2.0]
+    return [np.concatenate([special, np.random.default_rng(5).uniform(-9, 9, 504)]).astype("f4")]
+
+
+def rcp_expected(x):
+    flushed = np.where(np.abs(x) < np.finfo(np.float32).tiny, np.copysign(np.float32(0), x), x)
+    with np.errstate(divide="ignore"):
+        y = (1 / flushed.astype(np.float64)).astype(np.float32)
+    return np.where(np.abs(y) < np.finfo(np.float32).tiny, np.copysign(np.float32(0), y), y)
+
+
+@cuda.jit
+def fours(x, out):
+    """Rows of four float32 through shared memory, each to the thread beside it."""
+    memory = cuda.shared.array((32, 4), u32, alignment=16)
+    t = u32(cuda.threadIdx.x)
+    four = cuda.local.array(4, f32)
+    for i in range(4):
+        four[i] = x[t, i]
+    st_shared_4f(shared_address(memory, (t, 0)), four)
+    cuda.syncthreads()
+    ld_shared_4f(four, shared_address(memory, (anew(t) ^ u32(1), 0)))
+    for i in range(4):
+        out[t, i] = four[i]
+
+
+def fours_expected(x):
+    return x.reshape(16, 2, 4)[:, ::-1].reshape(32, 4)
+
+
 def make_packing(dtype):
     @cuda.jit
     def packing(x, out):
@@ -461,6 +502,15 @@ PROBES = [
     Probe(
         "ex2", exponentials, "void(float32[::1], float32[::1])", ex2_inputs,
         lambda: np.full(512, 7, np.float32), ex2_expected, threads=512, relative=2.0**-22,
+    ),
+    Probe(
+        "rcp", reciprocals, "void(float32[::1], float32[::1])", rcp_inputs,
+        lambda: np.full(512, 7, np.float32), rcp_expected, threads=512, relative=2.0**-22,
+    ),
+    Probe(
+        "fours", fours, "void(float32[:,::1], float32[:,::1])",
+        lambda: [np.random.default_rng(6).standard_normal((32, 4)).astype(np.float32)],
+        lambda: np.full((32, 4), 7, np.float32), fours_expected,
     ),
     Probe(
         "pack f16", make_packing(F16), f"void({F2}, uint32[::1])", pack_inputs, zeros(512),

@@ -32,6 +32,8 @@ CODE = {
     "cp.async": ("LDGSTS.E.BYPASS", "LDGDEPBAR", "DEPBAR"),
     "loads and stores": ("LDG.E.128", "STG.E.128", "LDS.128", "STS", "MEMBAR"),
     "ex2": ("MUFU.EX2",),
+    "rcp": ("MUFU.RCP",),
+    "fours": ("LDS.128", "STS.128"),
     "pack f16": ("F2FP",),
     "pack bf16": ("F2FP.BF16",),
     "bit casts": ("FMNMX",),

@@ -8,10 +8,14 @@ pytest.importorskip("greenlet")
 from cuda_kernels import fragments
 from cuda_kernels.emulator import emulate
 from cuda_kernels.fragments import (
+    chunk_at,
+    exp2_pack,
     exp2_rows,
     fill,
     pack_rows,
+    pick,
     quad_max,
+    quad_scatter_sum,
     quad_sum,
     row_max,
     scale_rows,
@@ -56,6 +60,41 @@ def make_kernel(dtype):
     return every_fragment
 
 
+def make_second_kernel(dtype):
+    @cuda.jit
+    def the_other_fragments(x, sums, packed, fours, chunks):
+        t = u32(cuda.threadIdx.x)
+        tile = cuda.local.array((2, 4, 4), f32)
+        bits = cuda.local.array((2, 4), u32)
+        m = cuda.local.array(4, f32)
+        l = cuda.local.array(4, f32)
+        for j in range(4):
+            for i in range(4):
+                tile[0, j, i] = x[t, j, i]
+                tile[1, j, i] = f32(x[t, j, i] - f32(1.0))
+        for r in range(4):
+            m[r], l[r] = f32(r), f32(1.0)
+        exp2_pack(bits, tile, l, m, f32(1.25), 1, dtype)
+        for r in range(4):
+            sums[t, r] = l[r]
+            for i in range(2):
+                packed[t, i, r] = bits[i, r]
+        fours[t, 0] = pick(m, u32(t & u32(3)))
+        fours[t, 1] = quad_scatter_sum(l, u32(t & u32(3)))
+        for n in range(0, 16, 2):
+            chunks[t, n // 2] = chunk_at(u32(u32(1024) + t * u32(272 - 16 * 16)), n)
+
+    return the_other_fragments
+
+
+def run_second(dtype):
+    x = np.random.default_rng(1).standard_normal((32, 4, 4)).astype(np.float32)
+    sums, fours = np.full((32, 4), np.nan, np.float32), np.full((32, 2), np.nan, np.float32)
+    packed, chunks = np.zeros((32, 2, 4), np.uint32), np.zeros((32, 8), np.uint32)
+    emulate(make_second_kernel(dtype), 1, 32, x, sums, packed, fours, chunks)
+    return x, sums, packed, fours, chunks
+
+
 def run(dtype):
     x = np.random.default_rng(0).standard_normal((32, N, 4)).astype(np.float32)
     x[3, :, :2] = -np.inf
@@ -69,10 +108,10 @@ def run(dtype):
 
 @pytest.mark.parametrize("dtype", [F16, BF16])
 def test_vectorised_bodies_equal_their_loops(dtype, monkeypatch):
-    vectorised = run(dtype)
-    assert len(registry.CPU_BODIES) >= 5
+    vectorised = (*run(dtype), *run_second(dtype))
+    assert len(registry.CPU_BODIES) >= 6
     monkeypatch.setattr("cuda_kernels.emulator.source.CPU_BODIES", {})
-    for one, other in zip(vectorised, run(dtype), strict=True):
+    for one, other in zip(vectorised, (*run(dtype), *run_second(dtype)), strict=True):
         assert one.tobytes() == other.tobytes()
 
 
@@ -93,8 +132,27 @@ def test_against_numpy():
     assert np.array_equal(packed, half.view(np.uint32).reshape(32, N // 2, 4))
 
 
+def test_the_other_fragments_against_numpy():
+    x, sums, packed, fours, chunks = run_second(F16)
+    scores = np.stack([x[:, 2:4], x[:, 2:4] - 1], axis=1)  # [t, block of 16 rows, z, 4]
+    rows = scores.reshape(32, 2, 2, 2, 2).swapaxes(2, 3).reshape(32, 4, 4)  # [t, row, z and column]
+    p = np.exp2(1.25 * rows.astype(np.float64) - np.arange(4)[:, None])
+    assert np.allclose(sums, 1 + p.sum(axis=2), rtol=1e-6)
+    half = p.reshape(32, 2, 2, 2, 2).swapaxes(2, 3).astype(np.float32).astype(np.float16)
+    got = packed.reshape(32, 8).view(np.float16).reshape(32, 2, 2, 2, 2)
+    assert np.abs(got.astype(float) - half.astype(float)).max() <= 2.0**-9 * half.max()
+    assert np.array_equal(fours[:, 0], np.arange(32) % 4)
+    quads = sums.reshape(8, 4, 4).sum(axis=1).ravel()
+    assert np.allclose(fours[:, 1], quads, rtol=1e-6)
+    start = 1024 + 16 * np.arange(32)[:, None]
+    n = np.arange(0, 16, 2)
+    assert np.array_equal(chunks, (start ^ (n & 6) * 16) + (n >> 3) * 128)
+
+
 def test_every_fragment_is_run():
     made = {name for name, value in vars(fragments).items() if hasattr(value, "py_func")}
-    made -= set(dir(registry)) | {"ex2", "pack", "fmax"}
-    kernel = getattr(make_kernel(F16), "py_func", None)
-    assert made <= set(kernel.__code__.co_names)
+    made -= set(dir(registry)) | {"ex2", "pack", "fmax", "u32"}
+    run_here = set()
+    for make in (make_kernel, make_second_kernel):
+        run_here |= set(make(F16).py_func.__code__.co_names)
+    assert made <= run_here

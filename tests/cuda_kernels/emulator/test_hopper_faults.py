@@ -1,0 +1,372 @@
+"""Hopper kernels with one fault each: the emulator names it, and the line where it was made.
+
+Every kernel is built with a fault's name or with none, and then it runs.
+"""
+
+import inspect
+import re
+
+import numpy as np
+import pytest
+
+pytest.importorskip("greenlet")
+
+from cuda_kernels.emulator import EmulationError, emulate
+from cuda_kernels.ptx.language import (
+    F16,
+    K_MAJOR,
+    TensorMap,
+    bar_arrive,
+    bar_sync,
+    cpu_body,
+    cuda,
+    f32,
+    fence_mbarrier_init,
+    fence_proxy_async,
+    fragment,
+    i32,
+    k_major,
+    mbarrier_arrive,
+    mbarrier_arrive_expect_tx,
+    mbarrier_init,
+    mbarrier_try_wait,
+    mbarrier_wait,
+    setmaxnreg_dec,
+    setmaxnreg_inc,
+    shared_address,
+    st_shared_32,
+    swizzle,
+    tma_commit,
+    tma_load_2d,
+    tma_store_2d,
+    tma_wait_read,
+    u8,
+    u32,
+    u64,
+    wgmma_commit,
+    wgmma_fence,
+    wgmma_rs,
+    wgmma_ss,
+    wgmma_wait,
+)
+
+BOX = (64, 64)
+TILE_BYTES = 8192
+TILES = 6
+SKIPS = ("unwaited phase", "unwaited, in time", "skip that waits")
+
+
+@fragment
+def clear(tile, n):
+    for i in range(n):
+        tile[i] = 0
+
+
+@cpu_body(clear)
+def _clear(tile, n):
+    tile[:n] = 0
+
+
+def ring(fault):
+    """Multiply A, written with plain stores, by tiles that TMA brings: two stages, two warpgroups.
+
+    out [128, 32] is the sum of A Bⱼᵀ; tile 1 may be skipped, as attention skips one.
+    """
+
+    def kernel(a, b, out):
+        base = shared_address(cuda.shared.array(0, u8, alignment=1024), 0)
+        barriers = cuda.shared.array(4, u64, alignment=8)
+        full, empty = u32(shared_address(barriers, 0)), u32(shared_address(barriers, 2))
+        t = u32(cuda.threadIdx.x)
+        if t == 0:
+            for stage in range(2):
+                mbarrier_init(u32(full + 8 * stage), 1)  # init
+                mbarrier_init(u32(empty + 8 * stage), 1)
+            if fault != "no init fence":
+                fence_mbarrier_init()
+        if fault != "no barrier after init":
+            cuda.syncthreads()
+
+        if t < 128:
+            if t == 0:
+                for j in range(TILES):
+                    stage, parity = u32(j & 1), u32((j >> 1) & 1)
+                    arrived = u32(full + 8 * stage)
+                    free = parity if fault == "producer's wrong phase" else u32(parity ^ 1)
+                    mbarrier_wait(u32(empty + 8 * stage), free)  # empty
+                    size = {"expects less": 4096, "expects more": 8200}.get(fault, TILE_BYTES)
+                    mbarrier_arrive_expect_tx(arrived, size)  # expect
+                    place = u32(base + TILE_BYTES * (stage + 1))
+                    tma_load_2d(place, b, arrived, 64 * j, 0)  # load
+                    if fault == "arrives twice":
+                        mbarrier_arrive(arrived)  # again
+                if fault == "in flight at exit":
+                    mbarrier_wait(empty, 0)
+                    mbarrier_arrive_expect_tx(full, TILE_BYTES)
+                    tma_load_2d(u32(base + TILE_BYTES), b, full, 0, 0)  # last
+        else:
+            t -= 128
+            for i in range(16):
+                chunk = u32(base + u32(t * 64) + 4 * i)
+                st_shared_32(swizzle(chunk), a[t, i])  # store
+            if fault != "missing proxy fence":
+                fence_proxy_async()
+            bar_sync(1, 128)
+            d = cuda.local.array(32, f32)
+            clear(d, 32)
+            for j in range(TILES):
+                stage, parity = u32(j & 1), u32((j >> 1) & 1)
+                skipped = j == 1 and fault in SKIPS
+                if fault == "wrong phase":
+                    parity = u32(parity ^ 1)
+                if not skipped or fault == "skip that waits":
+                    mbarrier_wait(u32(full + 8 * stage), parity)  # full
+                if not skipped:
+                    if fault != "missing wgmma_fence" or j > 0:
+                        wgmma_fence()
+                    for step in range(4):
+                        left = k_major(u32(base + 32 * step))
+                        right = k_major(u32(base + TILE_BYTES * (stage + 1) + 32 * step))
+                        wgmma_ss(d, left, right, 1, 64, F16, K_MAJOR)  # product
+                    if fault == "plain store to A" and j == 2 and t == 0:
+                        st_shared_32(base, 0)  # overwrite
+                    wgmma_commit()
+                    if fault == "early release" and t == 0:
+                        mbarrier_arrive(u32(empty + 8 * stage))
+                    if fault != "missing wgmma wait" or j < TILES - 1:
+                        wgmma_wait(0, d, 64)
+                if fault == "unwaited, in time" and t == 0 and j in (1, 2):
+                    if j == 2:  # the copy of tile 1 has long ended by then
+                        mbarrier_arrive(u32(empty + 8))
+                        mbarrier_arrive(empty)
+                elif fault != "early release" and t == 0:
+                    mbarrier_arrive(u32(empty + 8 * stage))
+            for i in range(32):
+                out[t, i] = d[i]  # use
+
+    return kernel
+
+
+def half_ring(fault):
+    """Products with A in registers, two groups under way, and who may touch what."""
+
+    def kernel(a, b, out):
+        base = shared_address(cuda.shared.array(0, u8, alignment=1024), 0)
+        barrier = shared_address(cuda.shared.array(1, u64, alignment=8), 0)
+        t = u32(cuda.threadIdx.x)
+        if t == 0:
+            mbarrier_init(barrier, 1)
+            fence_mbarrier_init()
+            mbarrier_arrive_expect_tx(barrier, TILE_BYTES)
+            tma_load_2d(base, b, barrier, 0, 0)
+        cuda.syncthreads()
+        if fault != "one warp does not wait" or t >= 32:
+            mbarrier_wait(barrier, 0)
+        left = cuda.local.array((2, 4), u32)
+        d, e = cuda.local.array(32, f32), cuda.local.array(32, f32)
+        for i in range(4):
+            left[0, i] = a[t, i]
+            left[1, i] = a[t, i + 4]
+        wgmma_fence()
+        right = k_major(u32(base + (32 if fault == "warps differ" and t >= 64 else 0)))
+        if fault != "three warps" or t < 96:
+            wgmma_rs(d, left[0], right, 0, 64, F16, K_MAJOR)  # first
+        wgmma_commit()
+        wgmma_rs(e, left[1], right, 0, 64, F16, K_MAJOR)  # second
+        wgmma_commit()
+        wgmma_wait(1, d, 64)
+        if fault == "A written":
+            left[1, 0] = 7  # write
+        if fault == "other accumulator":
+            wgmma_wait(0, d, 64)
+            d[0] = d[0] + e[0]  # other
+        out[t, 0] = d[0]
+        left[0, 0] = 7
+        if fault != "left under way":
+            wgmma_wait(0, e, 64)
+            out[t, 1] = e[0]
+
+    return kernel
+
+
+def stores(fault):
+    """A box written with plain stores and copied out, twice."""
+
+    def kernel(a, b, out):
+        base = shared_address(cuda.shared.array(0, u8, alignment=1024), 0)
+        t = u32(cuda.threadIdx.x)
+        for j in range(2):
+            for i in range(16):
+                st_shared_32(u32(base + 64 * t + 4 * i), u32(j))  # store
+            if fault != "missing proxy fence":
+                fence_proxy_async()
+            cuda.syncthreads()
+            if t == 0:
+                tma_store_2d(b, base, 64 * j, 0)  # copy
+                tma_commit()
+                if fault != "overwritten" and (fault != "store at exit" or j == 0):
+                    tma_wait_read(0)
+            cuda.syncthreads()
+
+    return kernel
+
+
+def dangling(fault):
+    def kernel(a, b, out):
+        if cuda.threadIdx.x < 64:
+            bar_arrive(3, 128)
+        elif not fault:
+            bar_sync(3, 128)
+
+    return kernel
+
+
+def budgets(fault):
+    def kernel(a, b, out):
+        if cuda.threadIdx.x < 128:
+            setmaxnreg_dec(56 if fault else 40)
+        else:
+            setmaxnreg_inc(232)  # take
+
+    return kernel
+
+
+def polling(fault):
+    """A barrier that one thread ends; the others try until they see it."""
+
+    def kernel(a, b, out):
+        barrier = shared_address(cuda.shared.array(1, u64, alignment=8), 0)
+        t = cuda.threadIdx.x
+        if t == 0:
+            mbarrier_init(barrier, 1)
+        cuda.syncthreads()
+        tries = i32(0)
+        if t == 0:
+            if not fault:
+                mbarrier_arrive(barrier)
+        else:
+            while not mbarrier_try_wait(barrier, 0):  # try
+                tries += 1
+        out[t, 0] = 1.0
+
+    return kernel
+
+
+A_READ = "read of poison: shared address"
+FAULTS = [
+    (ring, 256, "wrong phase", "product", [
+        "warps 4–7", A_READ, "a copy by TMA in phase 0", "@load", "not waited", "parity 0",
+    ]),
+    (ring, 256, "producer's wrong phase", "empty", [
+        "deadlock", "threads 0 wait for the phase of parity 0", "is in phase 0",
+        "0 of 1 arrivals", "threads 128–255 wait for the phase of parity 0",
+    ]),
+    (ring, 256, "expects less", "load", ["thread 0 ", "wrong expect_tx", "phase 0", "4096 bytes"]),
+    (ring, 256, "expects more", "full", ["deadlock", "1 of 1 arrivals and 8 bytes to come"]),
+    (ring, 256, "unwaited phase", "expect", [
+        "thread 0 ", "one arrival too many", "a wait for the phase before was left out",
+    ]),
+    (ring, 256, "unwaited, in time", "load", [
+        "thread 0 ", "write to shared address", "a copy by TMA in phase 0", "may still fill",
+        "has not waited for that phase",
+    ]),
+    (ring, 256, "early release", "load", [
+        "thread 0 ", "write to shared address", "a product of warps 4–7", "@product",
+        "may still read", "no wgmma_wait",
+    ]),
+    (ring, 256, "missing wgmma wait", "use", [
+        "thread 128 |thread 255 ", "read of poison", "accumulator of a wgmma", "no wgmma_wait",
+    ]),
+    (ring, 256, "missing wgmma_fence", "product", ["registers of d", "no wgmma_fence"]),
+    (ring, 256, "missing proxy fence", "product", [
+        "warps 4–7", "has written", "@store", "no fence_proxy_async",
+    ]),
+    (ring, 256, "plain store to A", "overwrite", [
+        "shared address", "@overwrite", "may still read|no barrier between",
+    ]),
+    (ring, 256, "in flight at exit", "last", [
+        "thread 0 ", "in flight when the block ends", "nobody has waited for phase 3",
+    ]),
+    (ring, 256, "no init fence", "load", ["no fence_mbarrier_init", "@init"]),
+    (ring, 256, "no barrier after init", "full", ["mbarrier", "@init|no mbarrier"]),
+    (ring, 256, "arrives twice", "again", ["one arrival too many", "1 of 1 arrivals"]),
+    (half_ring, 128, "one warp does not wait", "first", [
+        "warps 0–3", A_READ, "a thread of warps 0–3 has not waited",
+    ]),
+    (half_ring, 128, "warps differ", "first", ["warps 0–3 are at different .* operands"]),
+    (half_ring, 128, "three warps", "first", ["warps 0–3 are at different products"]),
+    (half_ring, 128, "A written", "write", ["a wgmma under way may still read as A"]),
+    (half_ring, 128, "other accumulator", "other", ["with other registers"]),
+    (half_ring, 128, "left under way", None, [
+        "thread (0|127) of .* ends with 1 wgmma with no wgmma_wait",
+    ]),
+    (stores, 128, "missing proxy fence", "copy", ["@store", "no fence_proxy_async"]),
+    (stores, 128, "overwritten", "store", [
+        "a store by TMA of thread 0", "@copy", "may still read", "no tma_wait_read",
+    ]),
+    (stores, 128, "store at exit", "copy", [
+        "thread 0 ", "ends with a store by TMA", "no tma_wait_read",
+    ]),
+    (dangling, 128, "dangling", None, ["barrier 3", "64 of 128", "0–63", "nobody waits"]),
+    (budgets, 384, "budgets", "take", [
+        "deadlock", "threads 256–383|threads 128–255", "232 registers each", "168 × 384",
+        "does not add up", "6144 registers are free",
+    ]),
+    (polling, 64, "polling", "try", ["mbarrier_try_wait has failed 20000 times", "phase 0"]),
+]  # fmt: skip
+
+
+def run(make, threads, fault, schedule):
+    rng = np.random.default_rng(1)
+    a = rng.integers(-2, 3, (128, 32)).astype(np.float16)
+    b = rng.integers(-2, 3, (64 * TILES, 64)).astype(np.float16)
+    out = np.zeros((128, 32), np.float32)
+    kernel = make(fault)
+    emulate(
+        kernel, 1, threads, a.view(np.uint32), TensorMap(b, BOX), out,
+        shared_bytes=3 * TILE_BYTES, schedule=schedule,
+    )  # fmt: skip
+    return a, b, out
+
+
+def line_of(make, marker):
+    """Return ``file:line`` of the line of a kernel that ends in ``# marker``."""
+    source, first = inspect.getsourcelines(make)
+    lines = [i for i, line in enumerate(source) if line.rstrip().endswith(f"# {marker}")]
+    assert len(lines) == 1, marker
+    return f"{__file__.rsplit('/', 1)[-1]}:{first + lines[0]} "
+
+
+@pytest.mark.parametrize(
+    ("make", "threads", "fault", "marker", "parts"), FAULTS, ids=[row[2] for row in FAULTS]
+)
+@pytest.mark.parametrize("schedule", ["late", "early"])
+def test_fault_is_reported(make, threads, fault, marker, parts, schedule):
+    with pytest.raises(EmulationError) as caught:
+        run(make, threads, fault, schedule)
+    message = str(caught.value)
+    if marker:
+        assert line_of(make, marker) in message, message
+    for part in parts:
+        pattern = re.sub(r"@(\w+)", lambda found: re.escape(line_of(make, found[1])), part)
+        assert re.search(pattern, message), f"no {pattern!r} in: {message}"
+
+
+@pytest.mark.parametrize("make", [ring, half_ring, stores, dangling, budgets, polling])
+@pytest.mark.parametrize("schedule", ["late", "early", "both"])
+def test_the_same_kernel_without_a_fault_runs(make, schedule):
+    threads = next(row[1] for row in FAULTS if row[0] is make)
+    a, b, out = run(make, threads, "", schedule)
+    if make is ring:
+        exact = (
+            a.reshape(64, 64).astype(np.float64) @ b.astype(np.float64).reshape(-1, 64, 64).sum(0).T
+        )
+        lane = np.arange(128)
+        row, column = lane // 32 * 16 + lane % 32 // 4, 2 * (lane % 4)
+        assert np.array_equal(out[:, 0], exact[row, column])
+        assert np.array_equal(out[:, 31], exact[row + 8, 56 + column + 1])
+
+
+def test_a_skip_that_waits_is_right():
+    """As attention skips: no product, but the barrier of the tile is waited for all the same."""
+    run(ring, 256, "skip that waits", "both")
