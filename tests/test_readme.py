@@ -110,4 +110,24 @@ def test_kernel_figures_are_those_of_the_recorded_run():
     gains = " / ".join(f"{ratio('skip', f'columns {s}'):.2f}" for s in (0.5, 0.75, 0.9))
     assert f"it gains {gains} ×" in README
     losses = [1 - row["ratio"] for row in rows if row["kernel"] == "nothing skipped"]
-    assert 0.005 < min(losses) < max(losses) < 0.045
+    assert f"loses {100 * min(losses):.0f} to {100 * max(losses):.0f} % when nothing is" in README
+    causal = [r for r in rows if (r["kernel"], r["head_dim"], r["causal"]) == ("dense", 128, True)]
+    assert f"{causal[0]['ratio']:.2f} × with a causal one" in README
+
+
+def test_answers_about_the_model_are_those_recorded():
+    import json
+
+    path = ROOT / "sim/data/smollm2-135m-evaluation.json"
+    answers = json.loads(path.read_text(encoding="utf-8"))["answers"]
+    found = {(x["kernel"], x["length"]): x["changes"][1]["sparsity"] for x in answers["skippable"]}
+    for length in (1024, 2048, 4096):
+        line = row(f"{length} | ")
+        for kernel in ("ours", "nvidia"):
+            middle, low, high = (f"{100 * x:.1f}" for x in found[kernel, length])
+            assert f"{middle} % [{low}, {high}]" in line
+    gains = [f"{100 * x['changes'][1]['more_sparsity'][0]:.0f}" for x in answers["gains"]]
+    assert f"by {gains[0]}, {gains[1]} and {gains[2]} points" in README
+    (at_40, worse) = answers["thresholds"][0]["at"][2], answers["thresholds"][0]["at"][4]
+    assert f"power −{-at_40['exponent'][0]:.1f};" in README
+    assert f"power −{-worse['exponent'][0]:.1f} [" in README
