@@ -126,7 +126,7 @@ class Fit:
         if not extrapolate and not low - 5e-5 <= sparsity <= high + 5e-5:
             raise ValueError(
                 f"{what} must lie between {low:.4g} and {high:.4g}, where the formula was fitted, "
-                f"got {sparsity:.4g}; extrapolate=True uses it outside"
+                f"got {sparsity:.4g}; from Python, extrapolate=True goes on"
             )
 
 
@@ -180,7 +180,7 @@ def fit(
     >>> one.scale_factor(0.95)
     Traceback (most recent call last):
     ValueError: target_sparsity must lie between 0.1 and 0.9, where the formula was fitted, \
-got 0.95; extrapolate=True uses it outside
+got 0.95; from Python, extrapolate=True goes on
     """
     s, f = _check_points(sparsity, scale_factor)
     if space not in SPACES:
