@@ -237,7 +237,7 @@ def make_kernel(head_dim, v_head_dim, dtype, skip, with_gap):
         base = shared_address(memory, 0)
         k_tile, v_tile = u32(base + q_bytes), u32(base + q_bytes + k_bytes)
         maxima = u32(v_tile + v_bytes)  # [half of the keys, 64 rows]
-        verdicts = u32(maxima + 2 * HALF)  # of the four warps, and ln λ
+        verdicts = u32(maxima + 2 * HALF)  # of the four warps; then ln λ, and q_first
         history = u32(verdicts + 128)  # decisions of the last 32 steps
         slots = u32(history + 128)  # of each thread: its 4 running sums; u and what that refers to
         thread = u32(cuda.threadIdx.x)
