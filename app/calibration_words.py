@@ -150,7 +150,7 @@ def miss_text(rows: Sequence[Miss], named: Mapping[str, str]) -> str:
     header = ["factor set on", *(f"skips on {kernel}" for kernel in kernels)]
     key = "; ".join(f"**{kernel}**: {named[kernel]}" for kernel in kernels)
     reasons = [
-        f"None on {row.kernel}: {row.why_not.partition('; extrapolate')[0]}."
+        f"None on {row.kernel}: {row.why_not.partition('; from Python')[0]}."
         for row in rows
         if row.why_not
     ]
