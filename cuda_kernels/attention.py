@@ -10,9 +10,9 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from cuda_kernels import arrays
-from cuda_kernels.backends import choose, detect
+from cuda_kernels.backends import TENSOR_CORE_BACKENDS, choose, detect
 from cuda_kernels.checks import check_lengths, check_out, check_tensors
-from cuda_kernels.plan import PrefillPlan, Settings, emulated, why_not_mma
+from cuda_kernels.plan import PrefillPlan, Settings, emulated, why_not_tensor_cores
 from cuda_kernels.report import SkipReport
 from sim.geometry import ORDERS, Grid, check_order
 from sim.scores import check_scale
@@ -82,12 +82,14 @@ def skip_softmax_attention(
     gap : bool
         Fill ``report.gap``: of the tensor-core kernel that is a build of its own, a little
         slower.  The other back ends always fill it.
-    backend : {"mma", "simt", "reference"}, optional
+    backend : {"wgmma", "mma", "simt", "reference"}, optional
         Default: the best kernel for this GPU that takes these arguments; the report names it.
-        ``reference`` is the simulator, on the CPU.
+        ``wgmma``, for Hopper, must be asked for: it has been emulated and assembled, but has not
+        run on a GPU yet.  ``reference`` is the simulator, on the CPU.
     emulate : bool
-        Run the tensor-core kernel's own source on the CPU, thread by thread: for a few
-        tiles only, as the time grows with tiles × heads × requests.
+        Run a tensor-core kernel's own source on the CPU, thread by thread (``mma``, unless
+        ``backend`` says ``wgmma``): for a few tiles only, as the time grows with tiles × heads ×
+        requests.
     cu_seqlens_q, cu_seqlens_k, page_table, sink_logits : None
         Not built yet; refused by name.
 
@@ -124,9 +126,9 @@ def skip_softmax_attention(
         tile, softmax_scale, gap,
     )  # fmt: skip
     known = None
-    if backend in (None, "mma") and not emulate:
+    if backend in (None, *TENSOR_CORE_BACKENDS) and not emulate:
         known = _known(
-            (q, k, v, out), (*asked, cu_seqlens_q, cu_seqlens_k, page_table, sink_logits)
+            (q, k, v, out), (backend, *asked, cu_seqlens_q, cu_seqlens_k, page_table, sink_logits)
         )
         plan = _PLANS.get(known)
         if plan is not None:
@@ -145,27 +147,27 @@ def skip_softmax_attention(
     if out is not None:
         check_out(out, q, out_shape)
     settings = _settings(q, k, *asked)
-    misfit = why_not_mma(q, v, settings.grid)
+    misfit = why_not_tensor_cores(q, v, settings.grid)
     if emulate:
-        if backend not in (None, "mma"):
-            raise ValueError(f"emulate=True runs the mma kernel, not {backend!r}")
-        chosen = "mma"
+        if backend not in (None, *TENSOR_CORE_BACKENDS):
+            raise ValueError(f"emulate=True runs the mma or the wgmma kernel, not {backend!r}")
+        chosen = backend or "mma"
     else:
         device = detect()
-        chosen = choose(backend, device, mma_fits=misfit is None)
+        chosen = choose(backend, device, fits_tensor_cores=misfit is None)
         _check_device(q, chosen, device.kind)
-    if chosen == "mma":
+    if chosen in TENSOR_CORE_BACKENDS:
         if misfit is not None:
-            raise ValueError(f"the mma kernel {misfit}")
+            raise ValueError(f"the {chosen} kernel {misfit}")
         if not emulate:
-            plan = PrefillPlan(q, k, v, settings, out)
+            plan = PrefillPlan(q, k, v, settings, out, chosen)
             if known is not None:
                 _PLANS[known] = plan
                 while len(_PLANS) > MAX_PLANS:
                     _PLANS.popitem(last=False)
             return _run(plan, q, k, v, out, return_report)
         result = arrays.empty_like(q, out_shape)
-        report = emulated(q, k, v, result, settings)
+        report = emulated(q, k, v, result, settings, chosen)
     else:
         run_whole = _run_reference if chosen == "reference" else _run_simt
         result, report = run_whole(q, k, v, settings)
@@ -191,6 +193,7 @@ def skip_softmax_plan(
     order: str = "ends_first",
     softmax_scale: float | None = None,
     gap: bool = False,
+    backend: str = "mma",
 ) -> PrefillPlan:
     """Check, compile and allocate once, for many calls on arrays that are alike.
 
@@ -201,11 +204,12 @@ def skip_softmax_plan(
     causal, window, q_lens, kv_lens, threshold, threshold_scale_factor, short_context, order, \
 softmax_scale, gap
         As in :func:`skip_softmax_attention`.
+    backend : {"mma", "wgmma"}
 
     Returns
     -------
     PrefillPlan
-        ``plan(q, k, v, out=...)`` launches the tensor-core kernel, also while a CUDA graph is
+        ``plan(q, k, v, out=...)`` launches a tensor-core kernel, also while a CUDA graph is
         captured; ``plan.report`` is the report of the last call.
 
     Raises
@@ -226,12 +230,14 @@ softmax_scale, gap
         q, k, causal, window, q_lens, kv_lens, threshold, threshold_scale_factor, short_context,
         order, (64, 128), softmax_scale, gap,
     )  # fmt: skip
-    misfit = why_not_mma(q, v, settings.grid)
+    if backend not in TENSOR_CORE_BACKENDS:
+        raise ValueError(f"a plan's backend must be mma or wgmma, got {backend!r}")
+    misfit = why_not_tensor_cores(q, v, settings.grid)
     if misfit is not None:
-        raise ValueError(f"the mma kernel {misfit}")
+        raise ValueError(f"the {backend} kernel {misfit}")
     device = detect()
-    _check_device(q, choose("mma", device), device.kind)
-    return PrefillPlan(q, k, v, settings)
+    _check_device(q, choose(backend, device), device.kind)
+    return PrefillPlan(q, k, v, settings, backend=backend)
 
 
 def _settings(

@@ -8,14 +8,24 @@ OLDEST = (7, 5)
 """Compute capability of Turing, the oldest that CUDA 13 compiles for."""
 
 BACKENDS = {
+    "wgmma": "tensor-core kernel of TMA and wgmma: Hopper, if asked for, and the emulator",
     "mma": "tensor-core kernel of mma.sync: Ampere and later, and the emulator",
     "simt": "teaching kernel in plain Numba CUDA: any GPU, or Numba's CUDA simulator",
     "reference": "the simulator's NumPy on the CPU",
 }
-"""Every back end and what it is.  ``reference`` is never chosen unless asked for."""
+"""Every back end and what it is.
+
+``reference`` is never chosen unless asked for, nor is ``wgmma`` before it has run on a GPU.
+"""
 
 TENSOR_CORES = (8, 0)
 """Compute capability of Ampere, the first with ``cp.async`` and bfloat16."""
+
+TENSOR_CORE_BACKENDS = ("mma", "wgmma")
+"""Those that work by plans, and that the emulator runs."""
+
+HOPPER = (9, 0)
+"""Compute capability of the only GPUs with ``wgmma``."""
 
 
 @dataclass(frozen=True)
@@ -70,7 +80,7 @@ def detect() -> Device:
     return Device("gpu", "", name, capability)
 
 
-def choose(backend: str | None, device: Device, *, mma_fits: bool = False) -> str:
+def choose(backend: str | None, device: Device, *, fits_tensor_cores: bool = False) -> str:
     """Name the back end that runs.
 
     Parameters
@@ -78,8 +88,8 @@ def choose(backend: str | None, device: Device, *, mma_fits: bool = False) -> st
     backend : str or None
         What the caller asked for; None lets GPU and arguments decide between kernels.
     device : Device
-    mma_fits : bool
-        Whether the tensor-core kernel takes these arguments.
+    fits_tensor_cores : bool
+        Whether the tensor-core kernels take these arguments.
 
     Returns
     -------
@@ -104,7 +114,7 @@ def choose(backend: str | None, device: Device, *, mma_fits: bool = False) -> st
     if not device.runs_kernels:
         raise RuntimeError(
             f"no kernel can run here: {device.reason}; set NUMBA_ENABLE_CUDASIM=1 before Python "
-            "starts to run the teaching kernel on the CPU, pass emulate=True to run the "
+            "starts to run the teaching kernel on the CPU, pass emulate=True to run a "
             'tensor-core kernel there, or backend="reference" for the simulator'
         )
     tensor_cores = device.kind == "gpu" and (device.compute_capability or (0, 0)) >= TENSOR_CORES
@@ -113,4 +123,9 @@ def choose(backend: str | None, device: Device, *, mma_fits: bool = False) -> st
             f"the mma kernel cannot run on {device.name}: it needs compute capability 8.0 or "
             "later; emulate=True runs it on the CPU"
         )
-    return backend or ("mma" if tensor_cores and mma_fits else "simt")
+    if backend == "wgmma" and (device.kind != "gpu" or device.compute_capability != HOPPER):
+        raise RuntimeError(
+            f"the wgmma kernel cannot run on {device.name}: it needs compute capability 9.0 "
+            '(Hopper); backend="mma" runs from 8.0 on, and emulate=True runs wgmma on the CPU'
+        )
+    return backend or ("mma" if tensor_cores and fits_tensor_cores else "simt")

@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cuda_kernels import arrays
+from cuda_kernels.ptx.tensor_map import TensorMap
 from cuda_kernels.report import SkipReport
 from sim.geometry import ORDERS, Grid
 from sim.threshold import ln_threshold
@@ -48,8 +49,8 @@ class Settings:
         return bool((self.threshold > 0).any())
 
 
-def why_not_mma(q: Any, v: Any, grid: Grid) -> str | None:
-    """Say what of these arguments the tensor-core kernel does not take; None if it takes them."""
+def why_not_tensor_cores(q: Any, v: Any, grid: Grid) -> str | None:
+    """Say what of these arguments the tensor-core kernels do not take; None if they take them."""
     if arrays.dtype_name(q) == "float32":
         return "takes float16 and bfloat16, got float32"
     if grid.tile != (64, 128):
@@ -62,8 +63,35 @@ def why_not_mma(q: Any, v: Any, grid: Grid) -> str | None:
     return None
 
 
+@dataclass(frozen=True, eq=False)
+class Recipe:
+    """One build of a tensor-core kernel, and how it is launched.
+
+    Attributes
+    ----------
+    kernel : ``@cuda.jit`` kernel
+    signature : str
+    shared_bytes : int
+        Dynamic shared memory of a block.
+    grid : tuple of int
+    threads : int
+    boxes : tuple of tuple of int, or None
+        Where q, k, v and out come as tensor maps, the box of each.
+    scalars : tuple of (str, number)
+        ``real``, ``boolean`` or ``integer``, and the value.
+    """
+
+    kernel: Any
+    signature: str
+    shared_bytes: int
+    grid: tuple[int, int, int]
+    threads: int
+    boxes: tuple[tuple[int, ...], ...] | None
+    scalars: tuple[tuple[str, Any], ...]
+
+
 class PrefillPlan:
-    """One call of the tensor-core kernel, for arrays of given shapes, strides, dtype and device.
+    """One call of a tensor-core kernel, for arrays of given shapes, strides, dtype and device.
 
     Made by :func:`cuda_kernels.skip_softmax_plan`.  Calling it checks that the arrays are like
     those it was made for, and launches; it allocates nothing but an ``out`` that is not given, so
@@ -75,30 +103,37 @@ class PrefillPlan:
         Of the last call; the next one overwrites its arrays.
     """
 
-    def __init__(self, q: Any, k: Any, v: Any, settings: Settings, out: Any = None) -> None:
+    def __init__(
+        self, q: Any, k: Any, v: Any, settings: Settings, out: Any = None, backend: str = "mma"
+    ) -> None:
         from numba import cuda
 
         from cuda_kernels.launch import Launcher, load
-        from cuda_kernels.prefill_mma import SIGNATURE, THREADS
 
-        kernel, shared_bytes = _kernel(q, v, settings)
-        self._settings = settings
+        recipe = RECIPES[backend](q, k, v, settings)
+        self._settings, self._backend = settings, backend
         if out is None:
             out = arrays.empty_like(q, (*q.shape[:3], v.shape[3]))
         self._is_torch = arrays.library_of(q) == "torch"
         self._forms = [_form(x) for x in (q, k, v, out)]
         self._constants = _constants(q, settings)
-        self.report = make_report(q, settings, "mma")
+        self.report = make_report(q, settings, backend)
         fields = _fields(self.report, q)
         self._addresses = [arrays.layout(x)[1] for x in (*self._constants, *fields)]
         device = cuda.get_current_device().id
+        kinds = {"real": ctypes.c_float, "boolean": ctypes.c_uint8, "integer": ctypes.c_int32}
+        tensors = [_abi(x) for x in (q, k, v, out)]
+        if recipe.boxes is not None:
+            bits = (arrays.as_bits(x) for x in (q, k, v, out))
+            tensors = [TensorMap(x, box) for x, box in zip(bits, recipe.boxes, strict=True)]
         self._launcher = Launcher(
-            load(kernel, SIGNATURE, shared_bytes, device),
-            (settings.grid.groups, q.shape[2], q.shape[0]),
-            THREADS,
-            shared_bytes,
-            *(_abi(x) for x in (q, k, v, out, *self._constants, *fields)),
-            *_scalars(settings, ctypes.c_float, ctypes.c_uint8, ctypes.c_int32),
+            load(recipe.kernel, recipe.signature, recipe.shared_bytes, device),
+            recipe.grid,
+            recipe.threads,
+            recipe.shared_bytes,
+            *tensors,
+            *(_abi(x) for x in (*self._constants, *fields)),
+            *(kinds[kind](value) for kind, value in recipe.scalars),
         )
 
     def __call__(self, q: Any, k: Any, v: Any, *, out: Any = None) -> Any:
@@ -131,7 +166,7 @@ class PrefillPlan:
 
     def fresh(self, q: Any, k: Any, v: Any, out: Any) -> SkipReport:
         """Launch, and return a report of its own."""
-        report = make_report(q, self._settings, "mma")
+        report = make_report(q, self._settings, self._backend)
         results = [arrays.layout(x)[1] for x in _fields(report, q)]
         self._launch(q, k, v, out, [*self._addresses[:2], *results])
         return report
@@ -154,21 +189,26 @@ class PrefillPlan:
         self._launcher(arrays.current_stream(q), *addresses, *rest)
 
 
-def emulated(q: Any, k: Any, v: Any, out: Any, settings: Settings) -> SkipReport:
+def emulated(
+    q: Any, k: Any, v: Any, out: Any, settings: Settings, backend: str = "mma"
+) -> SkipReport:
     """Run the kernel's own source on the CPU."""
     from cuda_kernels.emulator import emulate
-    from cuda_kernels.prefill_mma import THREADS
 
-    kernel, shared_bytes = _kernel(q, v, settings)
-    report = make_report(q, settings, "mma, emulated")
+    recipe = RECIPES[backend](q, k, v, settings)
+    report = make_report(q, settings, f"{backend}, emulated")
+    kinds = {"real": np.float32, "boolean": bool, "integer": int}
+    tensors = [arrays.bare(arrays.as_bits(x)) for x in (q, k, v, out)]
+    if recipe.boxes is not None:
+        tensors = [TensorMap(x, box) for x, box in zip(tensors, recipe.boxes, strict=True)]
     emulate(
-        kernel,
-        (settings.grid.groups, q.shape[2], q.shape[0]),
-        THREADS,
-        *(arrays.bare(arrays.as_bits(x)) for x in (q, k, v, out)),
+        recipe.kernel,
+        recipe.grid,
+        recipe.threads,
+        *tensors,
         *(arrays.bare(x) for x in (*_constants(q, settings), *_fields(report, q))),
-        *_scalars(settings, np.float32, bool, int),
-        shared_bytes=shared_bytes,
+        *(kinds[kind](value) for kind, value in recipe.scalars),
+        shared_bytes=recipe.shared_bytes,
     )
     return report
 
@@ -185,13 +225,41 @@ def make_report(q: Any, settings: Settings, backend: str) -> SkipReport:
     )
 
 
-def _kernel(q: Any, v: Any, settings: Settings) -> tuple[Any, int]:
-    """Build the kernel for these arguments: dense where nothing can be skipped."""
-    from cuda_kernels.prefill_mma import make_kernel, shared_bytes
+def _mma(q: Any, k: Any, v: Any, settings: Settings) -> Recipe:
+    from cuda_kernels import prefill_mma as module
 
+    return Recipe(
+        module.make_kernel(*_compile_time(q, v, settings)),
+        module.SIGNATURE,
+        module.shared_bytes(q.shape[3], v.shape[3]),
+        (settings.grid.groups, q.shape[2], q.shape[0]),
+        module.THREADS,
+        None,
+        (*_scalars(settings), ("boolean", True)),
+    )
+
+
+def _wgmma(q: Any, k: Any, v: Any, settings: Settings) -> Recipe:
+    from cuda_kernels import prefill_wgmma as module
+
+    return Recipe(
+        module.make_kernel(*_compile_time(q, v, settings)),
+        module.SIGNATURE,
+        module.shared_bytes(q.shape[3], v.shape[3]),
+        (module.blocks(settings.grid.groups, settings.grid.causal), q.shape[2], q.shape[0]),
+        module.THREADS,
+        (module.Q_BOX, module.K_BOX, module.V_BOX, module.OUT_BOX),
+        (*_scalars(settings), ("integer", q.shape[2] // k.shape[2])),
+    )
+
+
+RECIPES = {"mma": _mma, "wgmma": _wgmma}
+"""By back end: how its kernel runs for given arguments; dense where nothing can be skipped."""
+
+
+def _compile_time(q: Any, v: Any, settings: Settings) -> tuple[int, int, int, bool, bool]:
     dtype = {"float16": 0, "bfloat16": 1}[arrays.dtype_name(q)]
-    kernel = make_kernel(q.shape[3], v.shape[3], dtype, settings.skips, settings.gap)
-    return kernel, shared_bytes(q.shape[3], v.shape[3])
+    return q.shape[3], v.shape[3], dtype, settings.skips, settings.gap
 
 
 def _constants(q: Any, settings: Settings) -> tuple[Any, Any]:
@@ -204,15 +272,17 @@ def _fields(report: SkipReport, q: Any) -> tuple[Any, ...]:
     return report.lse, report.dropped_mass_bound, report.state, gap
 
 
-def _scalars(settings: Settings, real: Any, boolean: Any, integer: Any) -> tuple[Any, ...]:
-    from cuda_kernels.prefill_mma import NO_WINDOW
+def _scalars(settings: Settings) -> tuple[tuple[str, Any], ...]:
+    """Softmax scale, mask and order, as both kernels take them."""
+    from cuda_kernels.tiles import NO_WINDOW
 
     window = NO_WINDOW if settings.grid.window is None else settings.grid.window
-    order = ORDERS.index(settings.order)
     return (
-        real(settings.scale), boolean(settings.grid.causal), integer(window), integer(order),
-        boolean(True),
-    )  # fmt: skip
+        ("real", settings.scale),
+        ("boolean", settings.grid.causal),
+        ("integer", window),
+        ("integer", ORDERS.index(settings.order)),
+    )
 
 
 def _form(array: Any) -> tuple[Any, ...]:

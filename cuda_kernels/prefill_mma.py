@@ -22,8 +22,6 @@ bounds lie in shared memory between tiles, and what little else a thread needs i
 import math
 from functools import cache
 
-import numpy as np
-
 from cuda_kernels.fragments import (
     chunk_at,
     exp2_pack,
@@ -41,7 +39,6 @@ from cuda_kernels.ptx.language import (
     cp_async_16_zfill,
     cp_async_commit,
     cp_async_wait,
-    cpu_body,
     cuda,
     ex2,
     f32,
@@ -71,13 +68,19 @@ from cuda_kernels.ptx.language import (
     u64,
     vote_all,
 )
+from cuda_kernels.tiles import (
+    BOUND_SAFETY,
+    KEYS,
+    LOG2_E,
+    ROWS,
+    count_visible,
+    end_of,
+    mask_row,
+    tile_of,
+    uniform,
+)
 
-ROWS, KEYS = 64, 128  # the decision grid
 THREADS = 128
-LOG2_E = math.log2(math.e)
-BOUND_SAFETY = 1.01  # covers approximate exponentials
-ASCENDING, DESCENDING, ENDS_FIRST = 0, 1, 2
-NO_WINDOW = 1 << 30
 HALF = 4 * ROWS  # bytes of the running maxima of one half of the keys
 SLOT = 16 * THREADS  # bytes of four numbers a thread
 SIGNATURE = (  # arrays of any strides: one build serves them all
@@ -90,12 +93,6 @@ SIGNATURE = (  # arrays of any strides: one build serves them all
 def shared_bytes(head_dim, v_head_dim):
     """Dynamic shared memory of a block: Q, K, V, and what warps and threads leave there."""
     return 2 * (ROWS * head_dim + KEYS * head_dim + KEYS * v_head_dim) + 2 * HALF + 256 + 2 * SLOT
-
-
-@fragment
-def uniform(x):
-    """Say of an integer that the whole warp shares that it does: it can leave the registers."""
-    return i32(shfl_idx_u32(u32(x), u32(0)))
 
 
 @fragment
@@ -157,55 +154,6 @@ def multiply(c, a, b, part, dtype):
         for y in range(2):
             mma_m16n8k16(c[x, 4 * part + 2 * y], a[x], b[y, 0], dtype)
             mma_m16n8k16(c[x, 4 * part + 2 * y + 1], a[x], b[y, 1], dtype)
-
-
-@fragment
-def mask_row(s, blocks, half, column, first, end):
-    """Hide the scores of one row outside keys first … end − 1.
-
-    ``half`` is 0 for the upper row, 2 for the lower one; ``column`` is this thread's first key.
-    """
-    for j in range(blocks):
-        for i in range(2):
-            key = i32(column + 8 * j + i)
-            if key < first or key >= end:
-                s[j, half + i] = f32(-math.inf)
-
-
-@cpu_body(mask_row)
-def _mask_row(s, blocks, half, column, first, end):
-    keys = column + 8 * np.arange(blocks)[:, None] + np.arange(2)
-    s[:blocks, half : half + 2][(keys < first) | (keys >= end)] = -np.inf
-
-
-@fragment
-def count_visible(s, blocks, half):
-    """Count the scores of one row that are not hidden."""
-    seen = f32(0.0)
-    for j in range(blocks):
-        for i in range(2):
-            seen = f32(seen + (f32(1.0) if s[j, half + i] > -math.inf else f32(0.0)))
-    return seen
-
-
-@fragment
-def end_of(row, lq, lk, causal):
-    """Keys before the first that a query row does not see any more; 0 for a padding row."""
-    end = lk
-    if causal:
-        end = i32(min(max(i32(row + 1 + lk - lq), i32(0)), lk))
-    return i32(0) if row >= lq else end
-
-
-@fragment
-def tile_of(order, step, first, n):
-    """Key tile of a step: tiles first … first + n − 1 in visit order."""
-    j = i32(first + n - 1 - step)
-    if order == ASCENDING:
-        j = i32(first + step)
-    elif order == ENDS_FIRST and first == 0 and step > 0:
-        j = i32(n - step) if step > 1 else i32(0)
-    return j
 
 
 @cache
