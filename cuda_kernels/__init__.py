@@ -3,6 +3,7 @@
 Importing it needs no GPU and loads no CUDA package.
 """
 
+import cuda_kernels.disk_cache  # noqa: F401  # it notes when: no kernel is loaded before
 from cuda_kernels.attention import skip_softmax_attention, skip_softmax_plan
 from cuda_kernels.backends import BACKENDS, Device, detect
 from cuda_kernels.plan import PrefillPlan

@@ -66,6 +66,20 @@ def layout(array: Any) -> tuple[tuple[int, ...], int]:
     return tuple(array.strides), pointer
 
 
+def form(array: Any) -> tuple[Any, ...] | None:
+    """Shape, strides, dtype and device of an array on a GPU, quickly; None for any other array.
+
+    Strides are in elements or in bytes, as its library counts them.  A tensor of PyTorch that wants
+    a gradient has no form.
+    """
+    if hasattr(array, "data_ptr"):
+        if array.is_cuda and not wants_gradient(array):
+            return array.shape, array.stride(), array.dtype, array.device
+    elif type(array).__module__.partition(".")[0] == "cupy":
+        return array.shape, array.strides, array.dtype, array.device.id
+    return None
+
+
 def address(array: Any) -> int:
     """Address of the first element of an array on a GPU."""
     return array.data_ptr() if hasattr(array, "data_ptr") else array.data.ptr
@@ -79,11 +93,11 @@ def bare(array: Any) -> Any:
 
 def wants_gradient(array: Any) -> bool:
     """Whether PyTorch would record what happens to this array."""
-    if library_of(array) != "torch":
+    if library_of(array) != "torch" or not array.requires_grad:
         return False
     import torch
 
-    return bool(array.requires_grad and torch.is_grad_enabled())
+    return torch.is_grad_enabled()
 
 
 def as_float32(array: Any) -> Any:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections import OrderedDict
+from threading import get_ident
 from typing import Any
 
 import numpy as np
@@ -18,8 +19,9 @@ from sim.geometry import ORDERS, Grid, check_order
 from sim.scores import check_scale
 from sim.threshold import ln_threshold, resolve
 
-_PLANS: OrderedDict[Any, PrefillPlan] = OrderedDict()
+_PLANS: OrderedDict[Any, PrefillPlan] = OrderedDict()  # a host thread's own, as plans have to be
 MAX_PLANS = 64  # that the door remembers
+_PLAIN = (int, float, str, np.generic)
 
 
 def skip_softmax_attention(
@@ -107,6 +109,11 @@ def skip_softmax_attention(
     RuntimeError
         If no kernel can run here.
 
+    Notes
+    -----
+    Of the last 64 kinds of call on a GPU the plan is remembered.  A CUDA graph needs its plan as
+    long as it is replayed: capture one made by :func:`skip_softmax_plan`, and keep it.
+
     References
     ----------
     BLASST, arXiv 2512.12087, algorithm 1.
@@ -132,6 +139,7 @@ def skip_softmax_attention(
         )
         plan = _PLANS.get(known)
         if plan is not None:
+            _PLANS.move_to_end(known)
             return _run(plan, q, k, v, out, return_report)
     not_built = {
         "cu_seqlens_q": cu_seqlens_q,
@@ -164,7 +172,7 @@ def skip_softmax_attention(
             if known is not None:
                 _PLANS[known] = plan
                 while len(_PLANS) > MAX_PLANS:
-                    _PLANS.popitem(last=False)
+                    _PLANS.popitem(last=False)  # the one that was not called for longest
             return _run(plan, q, k, v, out, return_report)
         result = arrays.empty_like(q, out_shape)
         report = emulated(q, k, v, result, settings, chosen)
@@ -262,17 +270,14 @@ def _settings(
 
 
 def _known(tensors: tuple[Any, ...], asked: tuple[Any, ...]) -> Any:
-    """Name a call by all that its checks look at but addresses; None where that is not quick.
-
-    What needs a gradient is no part of it, as PyTorch can change that of one tensor.
-    """
-    if not all(x is None or isinstance(x, int | float | str | tuple) for x in asked):
-        return None
-    if not all(x is None or (hasattr(x, "data_ptr") and x.is_cuda) for x in tensors):
-        return None
-    if any(x is not None and x.requires_grad for x in tensors):
-        return None
-    return asked, *(x is not None and (x.shape, x.stride(), x.dtype, x.device) for x in tensors)
+    """Name a call by all that its checks look at but addresses; None where that is not quick."""
+    for x in asked:
+        if not (x is None or isinstance(x, _PLAIN)) and not (
+            isinstance(x, tuple) and all(isinstance(y, _PLAIN) for y in x)
+        ):
+            return None
+    forms = [arrays.form(x) if x is not None else () for x in tensors]
+    return None if None in forms else (get_ident(), asked, *forms)
 
 
 def _run(plan: PrefillPlan, q: Any, k: Any, v: Any, out: Any, return_report: bool) -> Any:

@@ -1,19 +1,19 @@
 """From a kernel to machine code, to what that code costs, and to a launch.
 
-:func:`assemble` takes Numba's own way (NVVM, link-time optimisation, nvJitLink) to a cubin for any
-architecture, with no GPU, and reads registers, stack, spills and instructions out of it.
-:func:`load` and :func:`launch` run one build of a kernel for arrays of any strides on this GPU;
-:func:`encode` describes an array to its copy unit.
+:func:`build` takes Numba's own way (NVVM, link-time optimisation, nvJitLink) to a cubin for any
+architecture, with no GPU, once for all processes; :func:`assemble` reads registers, stack, spills
+and instructions out of it.  :func:`load` brings it to this GPU and :class:`Launcher` runs it, for
+arrays of any strides; :func:`encode` describes an array to its copy unit.
 """
 
 from __future__ import annotations
 
 import ctypes
+import json
 import math
 import re
 import subprocess
 import tempfile
-import warnings
 from collections import Counter
 from dataclasses import dataclass, field
 from functools import cache
@@ -23,6 +23,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from cuda_kernels import disk_cache
 from cuda_kernels.ptx.tensor_map import TensorMap
 
 ARCHITECTURES = ("sm_80", "sm_86", "sm_89", "sm_90a", "sm_100a", "sm_120a")
@@ -111,6 +112,126 @@ def why_not_assemble() -> str | None:
     return None
 
 
+@dataclass(frozen=True)
+class Build:
+    """Machine code of one kernel, for one signature and one architecture.
+
+    Attributes
+    ----------
+    entry : str
+        The kernel's name in it.
+    cubin : bytes
+    log : str
+        What the assembler said.
+    """
+
+    entry: str
+    cubin: bytes = field(repr=False)
+    log: str = field(repr=False)
+
+
+def build(kernel: Any, signature: Any, arch: str) -> Build:
+    """Compile a kernel for an architecture, unless the disk has what came of it before.
+
+    Parameters
+    ----------
+    kernel, signature, arch
+        As in :func:`assemble`.  A kernel of a module that is no file, or that closes over more
+        than numbers, is compiled every time.
+
+    Returns
+    -------
+    Build
+
+    Raises
+    ------
+    ValueError
+        If ``arch`` is no architecture.
+    cuda_kernels.ptx.instruction.WrongUse
+        If an instruction is called as it cannot be.
+    """
+    _capability(arch)
+    name = kept_as(kernel, signature, arch)
+    kept = name and disk_cache.read("cubins", name)
+    if kept:
+        head, _, cubin = kept.partition(b"\n")
+        return Build(cubin=cubin, **json.loads(head))
+    made = _compile(kernel, signature, arch)
+    if name:
+        head = json.dumps({"entry": made.entry, "log": made.log}).encode()
+        disk_cache.write("cubins", name, head + b"\n" + made.cubin)
+    return made
+
+
+def kept_as(kernel: Any, signature: Any, arch: str) -> str | None:
+    """Name a build on disk; None if it cannot be kept there (:func:`build` says when)."""
+    function, options = kernel.py_func, kernel.targetoptions
+    return disk_cache.entry_name(
+        (__name__, function.__module__),
+        function.__qualname__,
+        tuple(cell.cell_contents for cell in function.__closure__ or ()),
+        *(options.get(option) for option in ("fastmath", "launch_bounds", "max_registers")),
+        str(signature),
+        arch,
+    )
+
+
+def _compile(kernel: Any, signature: Any, arch: str) -> Build:
+    from cuda.core import Linker, LinkerOptions, ObjectCode
+
+    capability = _capability(arch)
+    library = _lowered(kernel, signature, capability)
+    linker = Linker(
+        ObjectCode.from_ltoir(library.get_ltoir(cc=capability)),
+        options=LinkerOptions(
+            arch=arch,
+            link_time_optimization=True,
+            max_register_count=kernel.targetoptions.get("max_registers"),
+            ptxas_options=["-v"],
+        ),
+    )
+    cubin = bytes(linker.link("cubin").code)
+    log = f"{linker.get_info_log()}\n{linker.get_error_log()}"
+    linker.close()
+    return Build(library._entry_name, cubin, log)
+
+
+_last: tuple[Any, ...] = ()  # kernel, signature, what Numba made of them, instructions in it
+
+
+def _lowered(kernel: Any, signature: Any, capability: tuple[Any, ...]) -> Any:
+    """Let Numba turn a kernel into LLVM's language: most of the time that compiling takes.
+
+    What it makes is the same for all architectures from Turing on, unless tensor maps are taken
+    (see :mod:`cuda_kernels.ptx.compiler`): the last one is kept for the next architecture.
+    """
+    from numba.cuda.compiler import _compile_pyfunc_with_fixup  # type: ignore[attr-defined]
+
+    from cuda_kernels.ptx import compiler
+    from cuda_kernels.ptx.instruction import WrongUse
+
+    global _last
+    if _last[:2] == (kernel, str(signature)):
+        library, used = _last[2:]
+        for made in used:
+            if reason := compiler.why_not_on(made, capability):
+                raise WrongUse(reason)
+        return library
+    compiler.USED.clear()
+    library, _ = _compile_pyfunc_with_fixup(
+        kernel.py_func,
+        _parsed(signature),
+        device=False,
+        abi="numba",
+        cc=capability,
+        fastmath=kernel.targetoptions.get("fastmath", False),
+        launch_bounds=kernel.targetoptions.get("launch_bounds"),
+    )
+    if "tensor_map" not in str(signature):
+        _last = (kernel, str(signature), library, frozenset(compiler.USED))
+    return library
+
+
 def assemble(kernel: Any, signature: Any, arch: str) -> Assembled:
     """Compile a kernel for an architecture and read the machine code.
 
@@ -135,33 +256,8 @@ def assemble(kernel: Any, signature: Any, arch: str) -> Assembled:
     cuda_kernels.ptx.instruction.WrongUse
         If an instruction is called as it cannot be.
     """
-    from cuda.core import Linker, LinkerOptions, ObjectCode
-    from numba.cuda.compiler import _compile_pyfunc_with_fixup  # type: ignore[attr-defined]
-
-    capability = _capability(arch)
-    options = kernel.targetoptions
-    library, _ = _compile_pyfunc_with_fixup(
-        kernel.py_func,
-        _parsed(signature),
-        device=False,
-        abi="numba",
-        cc=capability,
-        fastmath=options.get("fastmath", False),
-        launch_bounds=options.get("launch_bounds"),
-    )
-    linker = Linker(
-        ObjectCode.from_ltoir(library.get_ltoir(cc=capability)),
-        options=LinkerOptions(
-            arch=arch,
-            link_time_optimization=True,
-            max_register_count=options.get("max_registers"),
-            ptxas_options=["-v"],
-        ),
-    )
-    cubin = bytes(linker.link("cubin").code)
-    log = f"{linker.get_info_log()}\n{linker.get_error_log()}"
-    linker.close()
-    return _read(kernel.py_func.__name__, arch, cubin, log)
+    made = build(kernel, signature, arch)
+    return _read(kernel.py_func.__name__, arch, made.cubin, made.log)
 
 
 def _parsed(signature: Any) -> Any:
@@ -224,8 +320,8 @@ def _run(tool: str, *arguments: Any) -> str:
 
 
 @cache
-def load(kernel: Any, signature: str, shared_bytes: int, device: int) -> Any:
-    """Compile a kernel for one signature and let it have its dynamic shared memory.
+def load(kernel: Any, signature: str, shared_bytes: int, device: int) -> int:
+    """Build a kernel for this GPU, load it, and let it have its dynamic shared memory.
 
     Parameters
     ----------
@@ -235,68 +331,41 @@ def load(kernel: Any, signature: str, shared_bytes: int, device: int) -> Any:
     shared_bytes : int
         More than 48 KB must be asked for, kernel by kernel.
     device : int
-        Number of the current GPU; a build belongs to one.
+        Number of the current GPU.
 
     Returns
     -------
-    compiled kernel
-        For :func:`launch`.
+    int
+        The driver's handle, for :class:`Launcher`.
 
     Raises
     ------
     RuntimeError
-        If this GPU has not that much shared memory.
+        If this GPU has not that much shared memory, or does not take the machine code.
     """
     from cuda.bindings import driver
-    from numba.core import sigutils
-
-    compiled = kernel.compile(sigutils.normalize_signature(_parsed(signature))[0])
-    function = compiled._codelibrary.get_cufunc()
-    (status,) = driver.cuKernelSetAttribute(
-        driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES,
-        shared_bytes,
-        function.handle,
-        function.device.id,
-    )
-    if status != driver.CUresult.CUDA_SUCCESS:
-        raise RuntimeError(
-            f"{kernel.__name__} needs {shared_bytes} bytes of shared memory per block, more than "
-            'this GPU has; pass backend="simt"'
-        )
-    return compiled
-
-
-def launch(
-    kernel: Any, compiled: Any, grid: tuple[int, ...], threads: int, stream: int,
-    shared_bytes: int, *args: Any,
-) -> None:  # fmt: skip
-    """Launch the build that :func:`load` made, whatever the layout of the arrays.
-
-    Numba's own launch would compile another build for contiguous arrays.
-
-    Parameters
-    ----------
-    kernel, compiled
-        Given to and got from :func:`load`.
-    grid : tuple of int
-    threads : int
-        Of a block.
-    stream : int
-        Handle of a CUDA stream; 0 is the default stream.
-    shared_bytes : int
-    *args
-        Arrays and NumPy scalars of exactly the signature's types, and ``TensorMap``.
-    """
     from numba import cuda
-    from numba.core.errors import NumbaPerformanceWarning
 
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", NumbaPerformanceWarning)  # of small grids
-        how = kernel[grid, threads, cuda.external_stream(stream) if stream else 0, shared_bytes]
-    if any(isinstance(argument, TensorMap) for argument in args):
-        _launch_by_pointers(compiled, how, stream, args)
-    else:
-        compiled.launch(args, how.griddim, how.blockdim, how.stream, how.sharedmem)
+    major, minor = cuda.get_current_device().compute_capability
+    made = build(kernel, signature, f"sm_{major}{minor}{'a' if major >= 9 else ''}")
+    name = kernel.py_func.__name__
+    status, library = driver.cuLibraryLoadData(made.cubin, [], [], 0, [], [], 0)
+    _check(status, f"{name} cannot be loaded")
+    status, function = driver.cuLibraryGetKernel(library, made.entry.encode())
+    _check(status, f"{name} cannot be found in its own machine code")
+    attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+    (status,) = driver.cuKernelSetAttribute(attribute, shared_bytes, function, device)
+    _check(
+        status,
+        f"{name} needs {shared_bytes} bytes of shared memory per block, more than this GPU has; "
+        'pass backend="simt"',
+    )
+    return int(function)
+
+
+def _check(status: Any, sentence: str) -> None:
+    if status.value:  # 0 is success
+        raise RuntimeError(f"{sentence} ({status.name})")
 
 
 class Launcher:
@@ -307,7 +376,7 @@ class Launcher:
 
     Parameters
     ----------
-    compiled
+    function : int
         Got from :func:`load`.
     grid : tuple of int
         Blocks in x, y, z.
@@ -316,17 +385,20 @@ class Launcher:
     shared_bytes : int
     *args
         In the order of the signature: an array as ``(shape, strides in bytes, bytes of an
-        element)``, whose address comes with each launch; or a scalar of ``ctypes``.
+        element)``, whose address comes with each launch; a scalar of ``ctypes``; or a
+        :class:`~cuda_kernels.ptx.tensor_map.TensorMap`, of an array that stays where it is.
     """
 
     def __init__(
-        self, compiled: Any, grid: tuple[int, int, int], threads: int, shared_bytes: int, *args: Any
+        self, function: int, grid: tuple[int, int, int], threads: int, shared_bytes: int, *args: Any
     ) -> None:
         from cuda.bindings import driver
 
         self._addresses: list[ctypes.c_void_p] = []
         values: list[Any] = []
         for argument in args:
+            if isinstance(argument, TensorMap):
+                argument = (ctypes.c_uint8 * 128).from_buffer(encode(argument))
             if not isinstance(argument, tuple):
                 values.append(argument)
                 continue
@@ -339,7 +411,7 @@ class Launcher:
         self._values = values
         self._pointers = (ctypes.c_void_p * len(values))(*map(ctypes.addressof, values))
         self._where = (*grid, threads, 1, 1, shared_bytes)
-        self._function = driver.CUfunction(int(compiled._codelibrary.get_cufunc().handle))
+        self._function = driver.CUfunction(function)
         self._parameters = ctypes.addressof(self._pointers)
         self._launch, self._success = driver.cuLaunchKernel, driver.CUresult.CUDA_SUCCESS
 
@@ -362,36 +434,7 @@ class Launcher:
             slot.value = address
         (status,) = self._launch(self._function, *self._where, stream, self._parameters, 0)
         if status != self._success:
-            raise RuntimeError(f"the launch failed: {status.name}")
-
-
-def _launch_by_pointers(compiled: Any, how: Any, stream: int, args: tuple[Any, ...]) -> None:
-    """Launch with tensor maps, which are by-value parameters that Numba's launch knows nothing of.
-
-    The driver copies every parameter from where its pointer says.
-    """
-    from cuda.bindings import driver
-
-    kept: list[Any] = []
-    pointers = []
-    for kind, argument in zip(compiled.argument_types, args, strict=True):
-        if isinstance(argument, TensorMap):
-            kept.append(encode(argument))
-            pointers.append(kept[-1].ctypes.data)
-            continue
-        flat: list[Any] = []  # an array is several parameters
-        compiled._prepare_args(kind, argument, how.stream, [], flat)
-        for value in flat:
-            kept.append(value if hasattr(value, "value") else ctypes.c_int64(int(value)))
-            pointers.append(ctypes.addressof(kept[-1]))
-    parameters = (ctypes.c_void_p * len(pointers))(*pointers)
-    function = driver.CUfunction(int(compiled._codelibrary.get_cufunc().handle))
-    (status,) = driver.cuLaunchKernel(
-        function, *how.griddim, *how.blockdim, how.sharedmem, driver.CUstream(stream),
-        ctypes.addressof(parameters), 0,
-    )  # fmt: skip
-    if status != driver.CUresult.CUDA_SUCCESS:
-        raise RuntimeError(f"the launch failed: {status.name}")
+            _check(status, "the launch failed")
 
 
 def encode(tensor_map: TensorMap) -> NDArray[np.uint8]:
@@ -434,8 +477,7 @@ def encode(tensor_map: TensorMap) -> NDArray[np.uint8]:
         driver.CUtensorMapL2promotion.CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
         driver.CUtensorMapFloatOOBfill.CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE,
     )
-    if status != driver.CUresult.CUDA_SUCCESS:
-        raise RuntimeError(f"{tensor_map} cannot be encoded: {status.name}")
+    _check(status, f"{tensor_map} cannot be encoded")
     room = np.empty(192, np.uint8)
     start = -room.ctypes.data % 64
     aligned = room[start : start + 128]

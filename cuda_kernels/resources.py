@@ -6,19 +6,17 @@ kernel's source: the second time costs nothing.
 
 from __future__ import annotations
 
-import hashlib
 import importlib
 import json
 import os
+from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, fields
-from importlib.metadata import PackageNotFoundError, version
-from importlib.util import find_spec
 from multiprocessing import get_context
-from pathlib import Path
 from typing import Any
 
+from cuda_kernels import disk_cache
 from cuda_kernels.launch import ARCHITECTURES, Resources, assemble, why_not_assemble
 
 
@@ -154,7 +152,6 @@ def resource_table(
     *,
     architectures: Sequence[str] | None = None,
     processes: int | None = None,
-    cache: Path | None = None,
 ) -> list[dict[str, Any]]:
     """Assemble kernels and list what they take.
 
@@ -165,8 +162,6 @@ def resource_table(
         Only these.
     processes : int, optional
         Compilers at a time; default one per CPU.
-    cache : path, optional
-        Directory of remembered figures; default ``skip-softmax-lab/assembled`` in the user's cache.
 
     Returns
     -------
@@ -193,22 +188,24 @@ def resource_table(
         for arch in configuration.architectures
         if architectures is None or arch in architectures
     ]
-    directory = cache or _cache_directory()
-    found = {build: _remembered(directory, *build) for build in builds}
-    missing = [build for build, resources in found.items() if resources is None]
+    found = {build: _remembered(*build) for build in builds}
+    groups: dict[Any, list[tuple[Configuration, str]]] = defaultdict(list)
+    for build, resources in found.items():
+        if resources is None:  # one process compiles a kernel for all architectures
+            groups[build[0].factory, build[0].arguments, build[0].signature].append(build)
+    missing = list(groups.values())
     if missing:
         reason = why_not_assemble()
         if reason is not None:
             raise RuntimeError(reason)
         workers = min(processes or os.cpu_count() or 1, len(missing))
         if workers == 1:
-            made = [_build(*build) for build in missing]
+            made = [_assemble_all(group) for group in missing]
         else:
             with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
-                made = list(pool.map(_build, *zip(*missing, strict=True)))
-        for build, resources in zip(missing, made, strict=True):
-            found[build] = resources
-            _remember(directory, *build, resources)
+                made = list(pool.map(_assemble_all, missing))
+        for group, results in zip(missing, made, strict=True):
+            found.update(zip(group, results, strict=True))
     return [
         {
             "kernel": configuration.name,
@@ -253,52 +250,28 @@ def format_table(rows: Sequence[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def _build(configuration: Configuration, arch: str) -> Resources:
-    made = asdict(assemble(configuration.kernel(), configuration.signature, arch))
-    return Resources(**{field.name: made[field.name] for field in fields(Resources)})
+def _assemble_all(builds: Sequence[tuple[Configuration, str]]) -> list[Resources]:
+    """Assemble one kernel for some architectures, and remember what came of it."""
+    results = []
+    kernel = builds[0][0].kernel()
+    for configuration, arch in builds:
+        made = asdict(assemble(kernel, configuration.signature, arch))
+        resources = Resources(**{field.name: made[field.name] for field in fields(Resources)})
+        if name := _name(configuration, arch):
+            disk_cache.write("figures", name, json.dumps(asdict(resources)).encode())
+        results.append(resources)
+    return results
 
 
-def _cache_directory() -> Path:
-    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(home) / "skip-softmax-lab" / "assembled"
+def _remembered(configuration: Configuration, arch: str) -> Resources | None:
+    name = _name(configuration, arch)
+    kept = name and disk_cache.read("figures", name)
+    return Resources(**json.loads(kept)) if kept else None
 
 
-def _file(directory: Path, configuration: Configuration, arch: str) -> Path:
-    """Name a build by all that it depends on: sources, compile-time values, compilers."""
-    key = hashlib.sha256()
-    package = Path(__file__).parent
-    module = find_spec(configuration.factory.split(":")[0])
-    if module is None or module.origin is None:
-        raise ValueError(f"no module for the factory {configuration.factory!r}")
-    sources = [*sorted((package / "ptx").glob("*.py")), package / "fragments.py"]
-    for source in [*sources, package / "launch.py", Path(module.origin)]:
-        key.update(source.read_bytes())
-    parts = (configuration.factory, configuration.arguments, configuration.signature, arch)
-    key.update(repr((parts, [_version(name) for name in COMPILERS])).encode())
-    return directory / f"{key.hexdigest()}.json"
-
-
-COMPILERS = ("numba", "numba-cuda", "llvmlite", "nvidia-nvvm", "nvidia-nvjitlink")
-
-
-def _version(distribution: str) -> str:
-    try:
-        return version(distribution)
-    except PackageNotFoundError:
-        return ""
-
-
-def _remembered(directory: Path, configuration: Configuration, arch: str) -> Resources | None:
-    try:
-        return Resources(**json.loads(_file(directory, configuration, arch).read_text()))
-    except (OSError, ValueError, TypeError):
-        return None
-
-
-def _remember(
-    directory: Path, configuration: Configuration, arch: str, resources: Resources
-) -> None:
-    path = _file(directory, configuration, arch)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.with_suffix(".tmp").write_text(json.dumps(asdict(resources)))
-    path.with_suffix(".tmp").replace(path)
+def _name(configuration: Configuration, arch: str) -> str | None:
+    module, function = configuration.factory.split(":")
+    return disk_cache.entry_name(
+        ("cuda_kernels.launch", module),
+        function, configuration.arguments, configuration.signature, arch,
+    )  # fmt: skip

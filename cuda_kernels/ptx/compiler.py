@@ -216,11 +216,23 @@ def _architecture() -> tuple[Any, ...] | None:
     return tuple(flags.compute_capability)
 
 
+USED: set[Instruction] = set()
+"""Instructions in what was compiled since someone emptied it."""
+
+
+def why_not_on(made: Instruction, architecture: tuple[Any, ...]) -> str | None:
+    """Say why an architecture has not got an instruction; None if it has."""
+    if made.target.has(architecture):
+        return None
+    name = f"sm_{''.join(str(part) for part in architecture)}"
+    return f"{made.__name__} needs {made.target}; this kernel is compiled for {name}"
+
+
 def _check_target(made: Instruction, error: type[Exception]) -> None:
+    USED.add(made)
     architecture = _architecture()
-    if architecture is not None and not made.target.has(architecture):
-        name = f"sm_{''.join(str(part) for part in architecture)}"
-        raise error(f"{made.__name__} needs {made.target}; this kernel is compiled for {name}")
+    if architecture is not None and (reason := why_not_on(made, architecture)):
+        raise error(reason)
 
 
 def _not_literal(made: Instruction, name: str) -> str:

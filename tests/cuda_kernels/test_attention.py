@@ -1,5 +1,9 @@
 """The public door: shapes and dtypes in and out, every refusal, thresholds per request and head."""
 
+from collections import OrderedDict
+from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 
@@ -217,3 +221,108 @@ def test_a_plan_refuses_before_it_compiles():
     if detect().kind == "none":
         with pytest.raises(RuntimeError, match="no kernel can run here"):
             skip_softmax_plan(q, k, v, threshold=0.5)
+
+
+# --- the door remembers plans: with arrays that say they are on a GPU, and plans that only note
+
+
+class OnCard(np.ndarray):
+    """What the door sees of a CuPy array."""
+
+    __module__ = "cupy"
+    device = SimpleNamespace(id=0)
+    data = property(lambda self: SimpleNamespace(ptr=self.ctypes.data))
+
+
+class Tensor:
+    """What it sees of a PyTorch tensor."""
+
+    __module__ = "torch"
+    is_cuda, requires_grad, device, dtype, ndim = True, False, "cuda:0", "torch.float16", 4
+
+    def __init__(self, array):
+        self.array, self.shape = array, array.shape
+
+    def stride(self):
+        return tuple(n // 2 for n in self.array.strides)
+
+    def element_size(self):
+        return 2
+
+    def data_ptr(self):
+        return self.array.ctypes.data
+
+
+@pytest.fixture
+def planned(monkeypatch):
+    """List the plans made; calls return the number of theirs."""
+    made = []
+
+    class Plan:
+        def __init__(self, q, k, v, settings, out):
+            made.append(settings)
+            self.number = len(made)
+
+        def __call__(self, q, k, v, *, out=None):
+            return self.number
+
+    monkeypatch.setattr("cuda_kernels.attention.PrefillPlan", Plan)
+    monkeypatch.setattr("cuda_kernels.attention._PLANS", OrderedDict())
+    monkeypatch.setattr("cuda_kernels.attention.detect", lambda: Device("gpu", "", "Card", (9, 0)))
+    return made
+
+
+LIBRARIES = {"cupy": lambda x: x.view(OnCard), "torch": Tensor}
+by_library = pytest.mark.parametrize("library", LIBRARIES)
+
+
+def tensors(library, length=128, width=64):
+    rows = [np.zeros((1, length, 2, width), np.float16)[..., :64] for _ in range(3)]
+    return [LIBRARIES[library](x) for x in rows]
+
+
+@by_library
+def test_a_plan_is_made_once_for_calls_alike(planned, library):
+    calls = [
+        skip_softmax_attention(*tensors(library), threshold=threshold)
+        for threshold in (0.1, 0.1, np.float32(0.5), 0.1, 0.5)
+    ]
+    assert calls == [1, 1, 2, 1, 2]
+    assert skip_softmax_attention(*tensors(library, 192), threshold=0.1) == 3
+    q, k, v = tensors(library)
+    assert skip_softmax_attention(q, k, v, threshold=0.1, out=v) == 4
+    assert skip_softmax_attention(q, k, v, threshold=0.1, causal=False) == 5
+    assert skip_softmax_attention(*tensors(library, width=72), threshold=0.1) == 6
+    assert len(planned) == 6
+
+
+@by_library
+def test_a_host_thread_has_plans_of_its_own(planned, library):
+    with ThreadPoolExecutor(1) as other:
+        arrays = tensors(library)
+        first = skip_softmax_attention(*arrays, threshold=0.1)
+        assert other.submit(skip_softmax_attention, *arrays, threshold=0.1).result() == 2
+        assert skip_softmax_attention(*arrays, threshold=0.1) == first == 1
+
+
+@by_library
+def test_the_plan_that_was_not_called_for_longest_goes(planned, library, monkeypatch):
+    monkeypatch.setattr("cuda_kernels.attention.MAX_PLANS", 2)
+    calls = [
+        skip_softmax_attention(*tensors(library), threshold=threshold)
+        for threshold in (0.1, 0.2, 0.1, 0.3, 0.1, 0.2)
+    ]
+    assert calls == [1, 2, 1, 3, 1, 4]
+
+
+@by_library
+def test_what_is_not_plain_is_checked_each_time(planned, library):
+    for threshold in ([0.1], np.array([0.1]), (np.array(0.1),)):
+        for _ in range(2):
+            skip_softmax_attention(*tensors(library), threshold=threshold)
+    assert len(planned) == 6
+    for _ in range(2):
+        with pytest.raises(ValueError, match="q_lens must be"):
+            skip_softmax_attention(*tensors(library), threshold=0.1, q_lens=[500])
+        with pytest.raises(ValueError, match="threshold must be finite"):
+            skip_softmax_attention(*tensors(library), threshold=float("nan"))

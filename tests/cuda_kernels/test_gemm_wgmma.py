@@ -5,10 +5,11 @@ import time
 
 import numpy as np
 import pytest
+from on_gpu import launch
 from test_gemm import matrix
 
 from cuda_kernels import detect, gemm_wgmma
-from cuda_kernels.launch import assemble, launch, load, why_not_assemble
+from cuda_kernels.launch import assemble, why_not_assemble
 from cuda_kernels.ptx.language import BF16, F16, TensorMap
 from cuda_kernels.resources import CONFIGURATIONS
 
@@ -81,18 +82,16 @@ def test_on_the_gpu(shape, dtype, b_is_n_by_k):
     cupy = pytest.importorskip("cupy")
     from numba import cuda
 
-    device = cuda.get_current_device()
-    if device.compute_capability[0] != 9:
+    if cuda.get_current_device().compute_capability[0] != 9:
         pytest.skip("no Hopper GPU")
 
     def on_gpu(kernel, grid, b_box, *views):
         *views, depth = views
         whole = [cupy.asarray(view.base).view(view.dtype) for view in views]
         a, b, c = (x[:, : view.shape[1]] for x, view in zip(whole, views, strict=True))
-        compiled = load(kernel, gemm_wgmma.SIGNATURE, gemm_wgmma.SHARED_BYTES, device.id)
         launch(
-            kernel, compiled, grid, gemm_wgmma.THREADS, 0, gemm_wgmma.SHARED_BYTES,
-            TensorMap(a, gemm_wgmma.A_BOX), TensorMap(b, b_box), c, depth,
+            kernel, gemm_wgmma.SIGNATURE, grid, gemm_wgmma.THREADS, gemm_wgmma.SHARED_BYTES,
+            TensorMap(a, gemm_wgmma.A_BOX), TensorMap(b, b_box), c, np.int32(depth),
         )  # fmt: skip
         assert cupy.isnan(whole[2][:, views[2].shape[1] :]).all()
         return cupy.asnumpy(c)

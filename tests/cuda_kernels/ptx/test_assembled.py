@@ -45,17 +45,19 @@ needs_assembler = pytest.mark.skipif(bool(why_not_assemble()), reason=str(why_no
 
 @pytest.mark.assembler
 @needs_assembler
-def test_small_attention_stays_in_registers(tmp_path):
-    rows = resource_table(ATTENTION, cache=tmp_path)
+def test_small_attention_stays_in_registers(tmp_path, monkeypatch):
+    monkeypatch.setenv("SKIP_SOFTMAX_CACHE_DIR", str(tmp_path))
+    rows = resource_table(ATTENTION)
     assert {row["arch"] for row in rows} == set(ARCHITECTURES)
     for row in rows:
         assert row["faults"] == []
         assert row["stack"] == row["spill_stores"] == row["spill_loads"] == 0
         assert 100 < row["registers"] <= 255
     assert len(format_table(rows).splitlines()) == 7
-    # Remembered: nothing is compiled the second time.
-    assert resource_table(ATTENTION, cache=tmp_path, processes=0) == rows
-    assert resource_table(ATTENTION, cache=tmp_path, architectures=["sm_89"]) == rows[-1:]
+    # Remembered: nothing is assembled the second time.
+    monkeypatch.setattr("cuda_kernels.resources.assemble", None)
+    assert resource_table(ATTENTION, processes=1) == rows
+    assert resource_table(ATTENTION, processes=1, architectures=["sm_89"]) == rows[-1:]
 
 
 @pytest.mark.assembler

@@ -1,15 +1,15 @@
 """Hopper's instructions: emulated, assembled for sm_90a, and on a Hopper GPU if there is one."""
 
 import doctest
-import warnings
 
 import numpy as np
 import pytest
 from hopper_probes import HOPPER_PROBES
+from on_gpu import launch
 from test_instructions import as_strided
 
 from cuda_kernels import detect
-from cuda_kernels.launch import assemble, encode, launch, load, why_not_assemble
+from cuda_kernels.launch import assemble, encode, why_not_assemble
 from cuda_kernels.ptx import language as ptx
 from cuda_kernels.ptx import mbarrier, tensor_map, tma, wgmma
 from cuda_kernels.ptx.instruction import WrongUse
@@ -42,21 +42,16 @@ def test_on_the_gpu(probe):
         pytest.skip(detect().reason or "kernels are simulated")
     cupy = pytest.importorskip("cupy")
     from numba import cuda as numba_cuda
-    from numba.core.errors import NumbaPerformanceWarning
 
-    device = numba_cuda.get_current_device()
-    if device.compute_capability[0] != 9:
+    if numba_cuda.get_current_device().compute_capability[0] != 9:
         pytest.skip("no Hopper GPU")
     inputs, output = probe.inputs(), probe.output()
     # The slices cut off the padding of rows, which as_strided leaves.
     moved = [as_strided(cupy, x)[tuple(map(slice, x.shape))] for x in (*inputs, output)]
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", NumbaPerformanceWarning)  # one block
-        compiled = load(probe.kernel, probe.signature, probe.shared_bytes, device.id)
-        launch(
-            probe.kernel, compiled, (1,), probe.threads, 0, probe.shared_bytes,
-            *probe.arguments(moved),
-        )  # fmt: skip
+    launch(
+        probe.kernel, probe.signature, (1,), probe.threads, probe.shared_bytes,
+        *probe.arguments(moved),
+    )  # fmt: skip
     probe.check(inputs, cupy.asnumpy(moved[-1]))
 
 

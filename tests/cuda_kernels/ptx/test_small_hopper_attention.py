@@ -5,10 +5,11 @@ import time
 import numpy as np
 import pytest
 import small_hopper_attention as small
+from on_gpu import launch
 from test_small_attention import check, log2_scale
 
 from cuda_kernels import detect
-from cuda_kernels.launch import assemble, launch, load, why_not_assemble
+from cuda_kernels.launch import assemble, why_not_assemble
 from cuda_kernels.ptx.halves import BF16, F16, narrow
 from cuda_kernels.ptx.language import TensorMap
 
@@ -55,18 +56,16 @@ def test_on_the_gpu(size):
     cupy = pytest.importorskip("cupy")
     from numba import cuda
 
-    device = cuda.get_current_device()
-    if device.compute_capability[0] != 9:
+    if cuda.get_current_device().compute_capability[0] != 9:
         pytest.skip("no Hopper GPU")
     head_dim, tiles, dtype = size
     arrays = list(inputs(*size, blocks=3))
     kernel, shared = small.make_kernel(head_dim, dtype), small.shared_bytes(head_dim)
-    compiled = load(kernel, small.SIGNATURE, shared, device.id)
     results = []
     for _ in range(2):
         moved = [cupy.asarray(x) for x in arrays]
         launch(
-            kernel, compiled, (3,), small.THREADS, 0, shared,
+            kernel, small.SIGNATURE, (3,), small.THREADS, shared,
             *maps(*moved), np.int32(tiles), log2_scale(head_dim),
         )  # fmt: skip
         results.append(cupy.asnumpy(moved[3]))

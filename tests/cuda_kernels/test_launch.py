@@ -1,0 +1,141 @@
+"""Loading and launching, with the driver played: what it is given is what the kernel takes."""
+
+import ctypes
+import re
+from collections import namedtuple
+
+import numpy as np
+import pytest
+
+from cuda_kernels import detect, gemm, gemm_wgmma, launch
+from cuda_kernels.launch import Launcher, why_not_assemble
+from cuda_kernels.ptx.language import BF16, TensorMap
+
+driver = pytest.importorskip("cuda.bindings.driver", reason="numba-cuda is not installed")
+RESULT = driver.CUresult
+needs_assembler = pytest.mark.skipif(bool(why_not_assemble()), reason=str(why_not_assemble()))
+MATRICES = "void(uint16[:,:], uint16[:,:], float32[:,::1])"
+
+
+@pytest.fixture
+def played(monkeypatch):
+    """A driver that notes what it is asked, and a Hopper GPU."""
+    asked = {}
+
+    def play(name, *answer):
+        def answered(*arguments):
+            asked[name] = arguments
+            return (RESULT.CUDA_SUCCESS, *answer)
+
+        monkeypatch.setattr(driver, name, answered)
+
+    play("cuLibraryLoadData", driver.CUlibrary(1))
+    play("cuLibraryGetKernel", driver.CUkernel(0x1234))
+    play("cuKernelSetAttribute")
+    play("cuLaunchKernel")
+    play("cuTensorMapEncodeTiled", driver.CUtensorMap())
+    card = namedtuple("Card", "compute_capability")((9, 0))
+    monkeypatch.setattr("numba.cuda.get_current_device", lambda: card)
+    built = launch.Build("entry", b"machine code", "")
+    monkeypatch.setattr(launch, "build", lambda *what: asked.update(build=what) or built)
+    launch.load.cache_clear()
+    yield asked
+    launch.load.cache_clear()
+
+
+def test_load(played):
+    kernel = gemm.make_kernel(BF16, 1)
+    assert launch.load(kernel, MATRICES, 70_000, 0) == 0x1234
+    assert played["build"] == (kernel, MATRICES, "sm_90a")
+    assert played["cuLibraryLoadData"][0] == b"machine code"
+    assert played["cuLibraryGetKernel"][1] == b"entry"
+    attribute, size, function, device = played["cuKernelSetAttribute"]
+    assert attribute.name == "CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES"
+    assert (size, int(function), device) == (70_000, 0x1234, 0)
+
+
+@pytest.mark.parametrize(
+    ("function", "answer", "sentence"),
+    [
+        ("cuLibraryLoadData", (None,), r"gemm cannot be loaded \(CUDA_ERROR_INVALID_IMAGE\)"),
+        ("cuKernelSetAttribute", (), "gemm needs 70000 bytes of shared memory .* more than this"),
+    ],
+)
+def test_what_the_driver_refuses_is_a_sentence(played, monkeypatch, function, answer, sentence):
+    refused = (RESULT.CUDA_ERROR_INVALID_IMAGE, *answer)
+    monkeypatch.setattr(driver, function, lambda *_: refused)
+    with pytest.raises(RuntimeError, match=sentence):
+        launch.load(gemm.make_kernel(BF16, 1), MATRICES, 70_000, 0)
+
+
+def read(played):
+    """What the launched kernel would find in its parameters."""
+    *_, parameters, extra = played["cuLaunchKernel"]
+    assert extra == 0
+    return parameters
+
+
+def test_a_launch_changes_stream_and_addresses_only(played):
+    array = ((3, 5), (24, 4), 4)
+    launcher = Launcher(7, (2, 3, 4), 128, 512, array, ctypes.c_float(1.5), array)
+    for stream, addresses in ((0, (16, 32)), (9, (48, 64))):
+        launcher(stream, *addresses)
+        function, *where = played["cuLaunchKernel"][:9]
+        assert (int(function), where) == (7, [2, 3, 4, 128, 1, 1, 512, stream])
+        pointers = (ctypes.c_void_p * 19).from_address(read(played))
+        numbers = [ctypes.c_int64.from_address(pointers[i]).value for i in range(9)]
+        assert numbers == [0, 0, 15, 4, addresses[0], 3, 5, 24, 4]
+        assert ctypes.c_float.from_address(pointers[9]).value == 1.5
+        assert ctypes.c_int64.from_address(pointers[14]).value == addresses[1]
+
+
+def test_a_refused_launch_is_a_sentence(played, monkeypatch):
+    launcher = Launcher(7, (1, 1, 1), 32, 0)
+    monkeypatch.setattr(launcher, "_launch", lambda *_: (RESULT.CUDA_ERROR_INVALID_VALUE,))
+    with pytest.raises(RuntimeError, match=r"the launch failed \(CUDA_ERROR_INVALID_VALUE\)"):
+        launcher(0)
+
+
+def sizes_in(cubin, tmp_path):
+    """Bytes of each parameter, as the machine code itself lists them."""
+    (tmp_path / "kernel.cubin").write_bytes(cubin)
+    listing = launch._run("cuobjdump", "-elf", tmp_path / "kernel.cubin")
+    found = re.findall(r"Ordinal : 0x(\w+)\s+Offset  : 0x\w+\s+Size    : 0x(\w+)", listing)
+    return [size for _, size in sorted((int(n, 16), int(size, 16)) for n, size in found)]
+
+
+@pytest.mark.assembler
+@needs_assembler
+@pytest.mark.parametrize("which", ["arrays", "tensor maps"])
+def test_parameters_are_as_large_as_the_kernel_wants_them(which, monkeypatch, tmp_path):
+    monkeypatch.setattr(
+        driver, "cuTensorMapEncodeTiled", lambda *_: (RESULT.CUDA_SUCCESS, driver.CUtensorMap())
+    )
+    c = ((128, 128), (512, 4), 4)
+    if which == "arrays":
+        made = launch.build(gemm.make_kernel(BF16, 1), MATRICES, "sm_90a")
+        launcher = Launcher(7, (1, 1, 1), 128, 0, c, c, c)
+    else:
+        made = launch.build(gemm_wgmma.make_kernel(BF16, 1), gemm_wgmma.SIGNATURE, "sm_90a")
+        map_ = TensorMap(np.zeros((128, 64), np.uint16), gemm_wgmma.A_BOX)
+        launcher = Launcher(7, (1, 1, 1), 384, 0, map_, map_, c, ctypes.c_int32(64))
+    assert [ctypes.sizeof(value) for value in launcher._values] == sizes_in(made.cubin, tmp_path)
+
+
+@pytest.mark.gpu
+def test_a_kept_build_runs_on_the_gpu(monkeypatch, tmp_path):
+    if detect().kind != "gpu":
+        pytest.skip(detect().reason or "the CUDA simulator is no GPU")
+    cupy = pytest.importorskip("cupy")
+    from on_gpu import launch as launch_once
+
+    monkeypatch.setenv("SKIP_SOFTMAX_CACHE_DIR", str(tmp_path))
+    a = cupy.full((64, 64), 0x3F80, cupy.uint16)  # 1.0 in bfloat16
+    kernel = gemm.make_kernel(BF16, 1)
+    for kept in (False, True):
+        launch.load.cache_clear()
+        if kept:
+            monkeypatch.setattr(launch, "_compile", lambda *_: pytest.fail("it was kept"))
+        c = cupy.zeros((64, 64), cupy.float32)
+        launch_once(kernel, MATRICES, (1,), gemm.THREADS, gemm.SHARED_BYTES, a, a, c)
+        assert (c == 64).all()
