@@ -368,6 +368,33 @@ def _check(status: Any, sentence: str) -> None:
         raise RuntimeError(f"{sentence} ({status.name})")
 
 
+class _Placed:
+    """A tensor map as the driver has it, and where its array is."""
+
+    def __init__(self, tensor_map: TensorMap) -> None:
+        from cuda.bindings import driver
+
+        self._memory = encode(tensor_map)
+        self.encoded = (ctypes.c_uint8 * 128).from_buffer(self._memory)
+        self._map = driver.CUtensorMap(_ptr=self._memory.ctypes.data)
+        self._value = tensor_map.address
+
+    @property
+    def value(self) -> int:
+        """Address of the array."""
+        return self._value
+
+    @value.setter
+    def value(self, address: int) -> None:
+        if address == self._value:
+            return
+        from cuda.bindings import driver
+
+        (status,) = driver.cuTensorMapReplaceAddress(self._map, address)
+        _check(status, f"no tensor map can be at 0x{address:x}")
+        self._value = address
+
+
 class Launcher:
     """A launch made ready: of one call to the next, only the stream and addresses change.
 
@@ -385,8 +412,8 @@ class Launcher:
     shared_bytes : int
     *args
         In the order of the signature: an array as ``(shape, strides in bytes, bytes of an
-        element)``, whose address comes with each launch; a scalar of ``ctypes``; or a
-        :class:`~cuda_kernels.ptx.tensor_map.TensorMap`, of an array that stays where it is.
+        element)``, or its :class:`~cuda_kernels.ptx.tensor_map.TensorMap`, whose address comes
+        with each launch; or a scalar of ``ctypes``.
     """
 
     def __init__(
@@ -394,11 +421,13 @@ class Launcher:
     ) -> None:
         from cuda.bindings import driver
 
-        self._addresses: list[ctypes.c_void_p] = []
+        self._addresses: list[ctypes.c_void_p | _Placed] = []
         values: list[Any] = []
         for argument in args:
             if isinstance(argument, TensorMap):
-                argument = (ctypes.c_uint8 * 128).from_buffer(encode(argument))
+                self._addresses.append(_Placed(argument))
+                values.append(self._addresses[-1].encoded)
+                continue
             if not isinstance(argument, tuple):
                 values.append(argument)
                 continue

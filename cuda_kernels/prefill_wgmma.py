@@ -85,7 +85,7 @@ from cuda_kernels.tiles import (
     KEYS,
     LOG2_E,
     ROWS,
-    count_visible,
+    columns_seen,
     end_of,
     mask_row,
     tile_of,
@@ -329,11 +329,10 @@ def make_kernel(head_dim, v_head_dim, dtype, skip, with_gap):
                     column = i32(key + i32(2 * (lane & u32(3))))
                     end = i32(end_of(upper_row, lq, lk, causal))
                     mask_row(s, blocks, 0, column, i32(end - window), end)
+                    seen_upper = columns_seen(column, blocks, i32(end - window), end)
                     end = i32(end_of(lower_row, lq, lk, causal))
                     mask_row(s, blocks, 2, column, i32(end - window), end)
-                    if skip:
-                        seen_upper = count_visible(s, blocks, 0)
-                        seen_lower = count_visible(s, blocks, 2)
+                    seen_lower = columns_seen(column, blocks, i32(end - window), end)
 
                 # --- the vote, on the maxima of this thread's columns
                 t_upper, t_lower = row_max(s, blocks)

@@ -72,13 +72,17 @@ class Configuration:
 _ROWS, _VALUES = "float32[:,:,:,::1]", "float32[:,:,::1]"
 
 
+def _words(head_dim: int, v_head_dim: int, dtype: str, skip: bool, gap: bool) -> str:
+    sizes = f"{head_dim}" if head_dim == v_head_dim else f"{head_dim}/{v_head_dim}"
+    build = ("skip" if skip else "dense") + (", gaps" if gap else "")
+    return f"head_dim {sizes}, {dtype}, {build}"
+
+
 def _mma(
     head_dim: int, v_head_dim: int, dtype: str, skip: bool, gap: bool
 ) -> Iterator[Configuration]:
     from cuda_kernels.prefill_mma import SIGNATURE, shared_bytes
 
-    build = ("skip" if skip else "dense") + (", gaps" if gap else "")
-    sizes = f"{head_dim}" if head_dim == v_head_dim else f"{head_dim}/{v_head_dim}"
     # head_dim 192 needs more shared memory than the others have; F16 and the build with gaps differ
     # from BF16 and the skip build in a few instructions, so one architecture must do for them
     claimed: tuple[str, ...] = ARCHITECTURES if head_dim <= 128 else ("sm_80", "sm_90a", "sm_100a")
@@ -87,7 +91,7 @@ def _mma(
     for architectures in (tuple(a for a in claimed if a != "sm_120a"), ("sm_120a",)):
         if set(architectures) <= set(claimed):
             yield Configuration(
-                name=f"prefill_mma head_dim {sizes}, {dtype}, {build}",
+                name=f"prefill_mma {_words(head_dim, v_head_dim, dtype, skip, gap)}",
                 factory="cuda_kernels.prefill_mma:make_kernel",
                 arguments=(head_dim, v_head_dim, ("f16", "bf16").index(dtype), skip, gap),
                 signature=SIGNATURE,
@@ -99,6 +103,23 @@ def _mma(
             )
 
 
+def _wgmma(
+    head_dim: int, v_head_dim: int, dtype: str, skip: bool, gap: bool
+) -> Iterator[Configuration]:
+    from cuda_kernels.prefill_wgmma import SIGNATURE, shared_bytes
+
+    yield Configuration(
+        name=f"prefill_wgmma {_words(head_dim, v_head_dim, dtype, skip, gap)}",
+        factory="cuda_kernels.prefill_wgmma:make_kernel",
+        arguments=(head_dim, v_head_dim, ("f16", "bf16").index(dtype), skip, gap),
+        signature=SIGNATURE,
+        shared_bytes=shared_bytes(head_dim, v_head_dim),
+        max_registers=168,  # of 384 threads; then producers give theirs to consumers
+        opcodes=("HGMMA", "UTMALDG", "UTMASTG", "USETMAXREG", "MUFU.EX2", "SYNCS"),
+        architectures=("sm_90a",),
+    )
+
+
 CONFIGURATIONS: tuple[Configuration, ...] = (
     *(
         configuration
@@ -108,7 +129,7 @@ CONFIGURATIONS: tuple[Configuration, ...] = (
             ("bf16", False, False),
             *((("bf16", True, True), ("f16", True, False)) if sizes[0] < 192 else ()),
         )
-        for configuration in _mma(*sizes, dtype, skip, gap)
+        for configuration in (*_mma(*sizes, dtype, skip, gap), *_wgmma(*sizes, dtype, skip, gap))
     ),
     *(
         Configuration(

@@ -71,3 +71,14 @@ def count_visible(s, blocks, half):
         for i in range(2):
             seen = f32(seen + (f32(1.0) if s[j, half + i] > -math.inf else f32(0.0)))
     return seen
+
+
+@fragment
+def columns_seen(column, blocks, first, end):
+    """Count those of a thread's keys, column + 8 j and the next, j < blocks, in first … end − 1."""
+    seen = i32(0)
+    for i in range(2):
+        low = i32(min(max(i32(first - column - i + 7) >> 3, i32(0)), i32(blocks)))
+        high = i32(min(max(i32(end - column - i + 7) >> 3, i32(0)), i32(blocks)))
+        seen = i32(seen + max(i32(high - low), i32(0)))
+    return f32(seen)

@@ -15,6 +15,7 @@ def launch(kernel, signature, blocks, threads, shared_bytes, *arguments):
     for argument in arguments:
         if isinstance(argument, TensorMap):
             laid_out.append(argument)
+            addresses.append(argument.address)
         elif isinstance(argument, np.generic):
             laid_out.append(np.ctypeslib.as_ctypes(np.asarray(argument)))
         else:

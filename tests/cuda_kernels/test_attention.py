@@ -123,7 +123,7 @@ WIDE = np.zeros((2, 40, 4, 32), np.float16)
         (
             {"backend": "magic"},
             ValueError,
-            "backend must be one of mma, simt, reference, got 'magic'",
+            "backend must be one of wgmma, mma, simt, reference, got 'magic'",
         ),
         ({"backend": "simt", "emulate": True}, ValueError, "emulate=True runs the mma or the"),
         ({"backend": None, "emulate": True}, ValueError, "the mma kernel decides on tiles of 64"),
@@ -259,8 +259,8 @@ def planned(monkeypatch):
     made = []
 
     class Plan:
-        def __init__(self, q, k, v, settings, out):
-            made.append(settings)
+        def __init__(self, q, k, v, settings, out, backend):
+            made.append((settings, backend))
             self.number = len(made)
 
         def __call__(self, q, k, v, *, out=None):

@@ -34,6 +34,7 @@ def played(monkeypatch):
     play("cuKernelSetAttribute")
     play("cuLaunchKernel")
     play("cuTensorMapEncodeTiled", driver.CUtensorMap())
+    play("cuTensorMapReplaceAddress")
     card = namedtuple("Card", "compute_capability")((9, 0))
     monkeypatch.setattr("numba.cuda.get_current_device", lambda: card)
     built = launch.Build("entry", b"machine code", "")
@@ -87,6 +88,21 @@ def test_a_launch_changes_stream_and_addresses_only(played):
         assert numbers == [0, 0, 15, 4, addresses[0], 3, 5, 24, 4]
         assert ctypes.c_float.from_address(pointers[9]).value == 1.5
         assert ctypes.c_int64.from_address(pointers[14]).value == addresses[1]
+
+
+def test_a_tensor_map_moves_with_its_array(played):
+    map_ = TensorMap(np.zeros((128, 64), np.uint16), gemm_wgmma.A_BOX)
+    launcher = Launcher(7, (1, 1, 1), 384, 0, map_, ctypes.c_int32(5))
+    launcher(0, map_.address)
+    assert "cuTensorMapReplaceAddress" not in played
+    launcher(0, 4096)
+    moved, address = played.pop("cuTensorMapReplaceAddress")
+    first, second = (ctypes.c_void_p * 2).from_address(read(played))
+    assert (moved.getPtr(), address) == (first, 4096)
+    assert first % 64 == 0
+    assert ctypes.c_int32.from_address(second).value == 5
+    launcher(0, 4096)
+    assert "cuTensorMapReplaceAddress" not in played
 
 
 def test_a_refused_launch_is_a_sentence(played, monkeypatch):
