@@ -11,7 +11,7 @@ import json
 import os
 import socket
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
@@ -301,10 +301,21 @@ def _parser() -> argparse.ArgumentParser:
     kernels.set_defaults(run=_kernels)
 
     bench = commands.add_parser("bench", help="time kernels on this machine's GPU")
-    bench.add_argument("what", choices=["prefill"])
-    bench.add_argument("--quick", action="store_true", help="16K tokens only, about a minute")
-    bench.add_argument("--json", action="store_true", help="print JSON")
-    bench.set_defaults(run=_bench)
+    kinds = bench.add_subparsers(required=True, metavar="WHAT")
+    prefill = kinds.add_parser("prefill", help="our kernels against those installed")
+    prefill.add_argument("--quick", action="store_true", help="16K tokens only, about a minute")
+    prefill.add_argument("--tokens", type=int, nargs="+", metavar="N", help="only these lengths")
+    prefill.add_argument(
+        "--backend",
+        action="append",
+        metavar="NAME",
+        help="a kernel of ours; default: all that run",
+    )
+    launch = kinds.add_parser("launch", help="what a call costs the host")
+    launch.add_argument("--calls", type=int, default=10_000, metavar="N", help="of each kind")
+    for one, run in ((prefill, _bench_prefill), (launch, _bench_launch)):
+        one.add_argument("--json", action="store_true", help="print JSON")
+        one.set_defaults(run=run)
 
     commands.add_parser("lesson", help="list, open and check the lessons (lesson --help)")
     return parser
@@ -318,12 +329,31 @@ def _kernels(options: argparse.Namespace) -> int:
     return 1 if any(row["faults"] for row in rows) else 0
 
 
-def _bench(options: argparse.Namespace) -> int:
+def _bench_prefill(options: argparse.Namespace) -> int:
     from cuda_kernels.benchmark import bench_prefill, table
 
-    record = bench_prefill(quick=options.quick, progress=sys.stderr.isatty())
-    print(json.dumps(record, indent=2) if options.json else table(record))
-    return 0
+    record = bench_prefill(
+        quick=options.quick,
+        tokens=options.tokens,
+        backends=options.backend,
+        progress=sys.stderr.isatty(),
+    )
+    return _measured(record, options.json, table)
+
+
+def _bench_launch(options: argparse.Namespace) -> int:
+    from cuda_kernels.benchmark_launch import bench_launch, launch_table
+
+    record = bench_launch(calls=options.calls, progress=sys.stderr.isatty())
+    return _measured(record, options.json, launch_table)
+
+
+def _measured(record: dict[str, Any], as_json: bool, table: Callable[[dict], str]) -> int:
+    print(json.dumps(record, indent=2) if as_json else table(record))
+    if not record["interrupted"]:
+        return 0
+    print(f"Interrupted; what was measured is in {record['path']}.", file=sys.stderr)
+    return INTERRUPTED
 
 
 def _lesson(arguments: list[str]) -> int:

@@ -7,249 +7,380 @@ head, so a kernel that skips is given the rate of a dense one that would take as
 
 from __future__ import annotations
 
-import datetime
-import json
-import platform
 import statistics
-from collections.abc import Callable
-from importlib import metadata
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
-RESULTS = Path(__file__).parent / "results"
+from cuda_kernels.machine import RESULTS, Record, check_gpu, describe
+
 TINY = 1e-30  # λ of the skip build on which nothing is skipped
+PRESCRIBED = (0.5, 0.75, 0.9)
+PEERS = ("fa2", "cudnn", "fa3")
+COPIES = 8  # of the real heads, so that they fill a GPU
+
+Call = Callable[[], Any]
 
 
-def bench_prefill(*, quick: bool = False, progress: bool = True) -> dict[str, Any]:
+@dataclass(frozen=True)
+class Job:
+    """Tensors, and what runs on them.
+
+    Attributes
+    ----------
+    workload : str
+    tokens, head_dim, heads, kv_heads : int
+    causal : bool
+    skip : dict
+        λ of each build that may skip, by its name in the table.
+    make : callable
+        ``make(gpu)`` returns q, k and v.
+    prescribed : float, optional
+        Sparsity that they are made for.
+    batch : int
+    """
+
+    workload: str
+    tokens: int
+    head_dim: int
+    heads: int
+    kv_heads: int
+    causal: bool
+    skip: dict[str, float]
+    make: Callable[[Any], tuple[Any, Any, Any]] = field(repr=False)
+    prescribed: float | None = None
+    batch: int = 1
+
+    @property
+    def flops(self) -> int:
+        """Of dense attention: 4 · D for every pair that the mask lets see each other."""
+        n = self.tokens
+        pairs = n * (n + 1) // 2 if self.causal else n * n
+        return 4 * self.head_dim * pairs * self.heads * self.batch
+
+
+def bench_prefill(
+    *,
+    quick: bool = False,
+    tokens: Sequence[int] | None = None,
+    backends: Sequence[str] | None = None,
+    progress: bool = True,
+    gpu: Any = None,
+    results: Path = RESULTS,
+) -> dict[str, Any]:
     """Time prefill kernels and write every row to ``cuda_kernels/results/``.
+
+    Interrupted, it keeps and returns what it has measured.
 
     Parameters
     ----------
     quick : bool
-        16K tokens only, 10 rounds: about a minute.  Otherwise 4K, 16K and 64K, 30 rounds.
+        16K tokens and 16 heads only, 10 rounds: about a minute.  Otherwise 4K, 16K and 64K tokens,
+        16 heads and 32 on 8, heads of a real model, 30 rounds.
+    tokens : sequence of int, optional
+        Only these lengths.
+    backends : sequence of str, optional
+        Kernels of ours; default all that can run on this GPU.
     progress : bool
         Show a progress bar on stderr.
+    gpu : Gpu, optional
+        What the calls are timed on.
+    results : path
+        Folder of the JSON.
 
     Returns
     -------
     dict
-        ``machine``, ``rows``, and ``path`` of the JSON written.
+        ``machine``, ``rounds``, ``rows``, ``notes`` (sentences: what could not be measured, what
+        is not as prescribed), ``interrupted``, and ``path`` of the JSON written.
+
+    Raises
+    ------
+    ValueError
+        If there is no such back end.
+    RuntimeError
+        If there is no GPU that runs the tensor-core kernel, or no PyTorch.
+    """
+    chosen = choose_backends(backends)
+    if gpu is None:
+        gpu = Gpu()
+    rounds = 10 if quick else 30
+    record = Record("prefill-quick" if quick else "prefill", describe(), results)
+    record.fields |= {"rounds": rounds, "backends": list(chosen)}
+    work = [job for job in jobs(quick) if tokens is None or job.tokens in tokens]
+    if not work:
+        raise ValueError(f"tokens must be some of 4096, 16384, 65536; got {list(tokens or ())}")
+    with record:
+        for job in _bar(work, progress):
+            rows, notes = measure(job, gpu, chosen, rounds)
+            record.add(rows, notes)
+    return record.result()
+
+
+def choose_backends(asked: Sequence[str] | None) -> list[str]:
+    """Check names of tensor-core back ends, or list all that run here.
+
+    Raises
+    ------
+    ValueError
+        If there is no such back end.
+    RuntimeError
+        If one cannot run here.
+    """
+    from cuda_kernels.backends import BACKENDS, choose
+
+    ours = [name for name in BACKENDS if name not in ("simt", "reference")]
+    for name in asked or ():
+        if name not in ours:
+            raise ValueError(f"backend must be one of {', '.join(ours)}, got {name!r}")
+    device = check_gpu()
+    if asked:
+        return [choose(name, device) for name in asked]
+    found = []
+    for name in ours:
+        try:
+            found.append(choose(name, device))
+        except RuntimeError:  # not a kernel for this GPU
+            continue
+    return found
+
+
+def jobs(quick: bool) -> Iterator[Job]:
+    """List what is measured: random inputs, two workloads of prescribed sparsity, real heads."""
+    for head_dim in (128, 64):
+        for tokens in (16_384,) if quick else (4096, 16_384, 65_536):
+            for heads, kv_heads in ((16, 16),) if quick else ((16, 16), (32, 8)):
+                for causal in (False, True):
+                    shape = (tokens, head_dim, heads, kv_heads, causal)
+                    yield Job("random", *shape, {"nothing skipped": TINY}, partial(_random, shape))
+                    for workload in ("columns", "scattered"):
+                        for sparsity in PRESCRIBED:
+                            make = partial(_prescribed, workload, sparsity, shape)
+                            name = f"{workload} {sparsity:g}"
+                            yield Job(name, *shape, {"skip": 0.01}, make, sparsity)
+    if not quick:
+        heads = _real_heads()
+        (hq, tokens, head_dim), hkv = heads[0].shape, len(heads[1])
+        skip = {f"skip λ = {lam:g}": lam for lam in (0.001, 0.01, 0.05)}
+        yield Job(
+            "SmolLM2-135M", tokens, head_dim, hq, hkv, True, skip,
+            lambda gpu: tuple(gpu.put(x, x.shape[0], COPIES) for x in heads), None, COPIES,
+        )  # fmt: skip
+
+
+def _random(shape: tuple[Any, ...], gpu: Any) -> tuple[Any, ...]:
+    tokens, head_dim, heads, kv_heads, _ = shape
+    return tuple(gpu.normal((1, tokens, n, head_dim)) for n in (heads, kv_heads, kv_heads))
+
+
+def _prescribed(
+    workload: str, sparsity: float, shape: tuple[Any, ...], gpu: Any
+) -> tuple[Any, ...]:
+    """Make one head, and lay as many copies of it side by side as there are heads."""
+    from sim import workloads
+
+    tokens, head_dim, heads, kv_heads, causal = shape
+    work = workloads.WORKLOADS[workload](tokens, head_dim, 1, sparsity=sparsity, causal=causal)
+    pairs = zip((work.q, work.k, work.v), (heads, kv_heads, kv_heads), strict=True)
+    return tuple(gpu.put(x, n, 1) for x, n in pairs)
+
+
+def _real_heads() -> tuple[NDArray, NDArray, NDArray]:
+    """Heads of SmolLM2-135M that come with the project, as [heads, tokens, head_dim]."""
+    from sim.traces import bundled, read_trace
+
+    traces = [read_trace(path) for path in bundled().values()]
+    q, k, v = (
+        np.concatenate([getattr(trace, name) for trace in traces]).astype(np.float32)
+        for name in "qkv"
+    )
+    return q, k, v
+
+
+def measure(
+    job: Job, gpu: Any, backends: Sequence[str], rounds: int
+) -> tuple[list[dict[str, Any]], list[str]]:
+    """Time all candidates on the tensors of one job.
+
+    Returns
+    -------
+    rows : list of dict
+        One per candidate.
+    notes : list of str
+        What could not be measured, and sparsity that is more than 0.01 from what was prescribed.
+    """
+    about = f"{job.workload}, head_dim {job.head_dim}, {job.tokens} tokens, "
+    about += f"{job.heads}/{job.kv_heads} heads, {'causal' if job.causal else 'full'}"
+    try:
+        tensors = job.make(gpu)
+    except ValueError as reason:
+        return [], [f"{about}: {reason}"]
+    notes = []
+    calls: dict[tuple[str, str], Call] = {}
+    sparsity: dict[tuple[str, str], float] = {}
+    for name, call in gpu.peers(*tensors, job.causal).items():
+        try:
+            call()
+        except RuntimeError as reason:
+            notes.append(f"{about}: {name} does not run: {str(reason).splitlines()[0]}")
+            continue
+        calls["", name] = call
+    for backend in backends:
+        for name, lam in {"dense": 0.0, **job.skip}.items():
+            calls[backend, name] = partial(gpu.ours, backend, *tensors, job.causal, lam)
+            report = gpu.ours(backend, *tensors, job.causal, lam, return_report=True)[1]
+            found = sparsity[backend, name] = float(report.sparsity.mean())
+            if name == "skip" and abs(found - (job.prescribed or 0)) > 0.01:
+                notes.append(f"{about}: {backend} skipped {found:.3f}, not {job.prescribed:g}")
+    times = _times(gpu, calls, rounds)
+    peers = [which for which in times if which[1] in PEERS]
+    rows = []
+    for backend, name in times:
+        dense = (backend, "dense")
+        against = [dense] if backend and name != "dense" else peers
+        ratios = {other[1]: _ratio(times[backend, name], times[other]) for other in against}
+        ms = statistics.median(times[backend, name])
+        rows.append(
+            {
+                "kernel": name,
+                "backend": backend,
+                "workload": job.workload,
+                "head_dim": job.head_dim,
+                "tokens": job.tokens,
+                "causal": job.causal,
+                "batch": job.batch,
+                "heads": job.heads,
+                "kv_heads": job.kv_heads,
+                "dtype": "bfloat16",
+                "flops": job.flops,
+                "sparsity": sparsity.get((backend, name), 0.0),
+                "ms": ms,
+                "tflops": job.flops / ms / 1e9,
+                "ratios": ratios,  # lower quartile, median, upper quartile
+            }
+        )
+    return rows, notes
+
+
+def _times(gpu: Any, calls: dict[Any, Call], rounds: int) -> dict[Any, list[float]]:
+    """Milliseconds of every candidate in every round, each round in another order."""
+    rng = np.random.default_rng(0)
+    names = list(calls)
+    for call in calls.values():
+        call()
+    times: dict[Any, list[float]] = {name: [] for name in names}
+    for _ in range(rounds):
+        for i in rng.permutation(len(names)):
+            times[names[i]].append(gpu.milliseconds(calls[names[i]]))
+    return times
+
+
+def _ratio(mine: list[float], theirs: list[float]) -> list[float]:
+    """How many times faster mine was in a round: lower quartile, median, upper quartile."""
+    return statistics.quantiles(
+        [b / a for a, b in zip(mine, theirs, strict=True)], n=4, method="inclusive"
+    )
+
+
+class Gpu:
+    """Tensors, kernels and timers of PyTorch.
 
     Raises
     ------
     RuntimeError
-        If there is no GPU that runs the tensor-core kernel, or no PyTorch.
+        If PyTorch is not installed.
     """
-    torch = _torch()
-    lengths, rounds = ((16_384,), 10) if quick else ((4096, 16_384, 65_536), 30)
-    shapes = [
-        (head_dim, length, causal)
-        for head_dim in (128, 64)
-        for length in lengths
-        for causal in (False, True)
-    ]
-    rows: list[dict[str, Any]] = []
-    for shape in _bar(shapes, progress):
-        rows += _random(torch, *shape, rounds)
-        if shape[1] == 16_384:
-            for workload in ("columns", "scattered"):
-                for sparsity in (0.5, 0.75) if shape[2] else (0.5, 0.75, 0.9):
-                    rows += _prescribed(torch, workload, sparsity, *shape, rounds)
-    record = {"machine": machine(torch), "rounds": rounds, "rows": rows}
-    name = f"prefill-{record['machine']['gpu']}-{record['machine']['date'][:10]}.json"
-    path = RESULTS / name.lower().replace(" ", "-")
-    RESULTS.mkdir(exist_ok=True)
-    path.write_text(json.dumps(record, indent=1) + "\n")
-    return {**record, "path": str(path)}
+
+    def __init__(self) -> None:
+        try:
+            import torch
+        except ImportError:
+            raise RuntimeError("bench needs PyTorch, for its kernels and its timers") from None
+        self.torch: Any = torch
+
+    def normal(self, shape: tuple[int, ...]) -> Any:
+        """Draw bfloat16 numbers from N(0, 1)."""
+        return self.torch.randn(shape, device="cuda", dtype=self.torch.bfloat16)
+
+    def put(self, x: NDArray[np.float32], heads: int, batch: int) -> Any:
+        """Copy [heads or 1, L, D] to the GPU as bfloat16 [batch, L, heads, D]."""
+        one = self.torch.from_numpy(np.ascontiguousarray(np.moveaxis(x, 0, 1)[None])).cuda()
+        shape = (batch, x.shape[1], heads, x.shape[2])
+        return one.to(self.torch.bfloat16).expand(shape).contiguous()
+
+    def ours(
+        self, backend: str, q: Any, k: Any, v: Any, causal: bool, threshold: float, **settings: Any
+    ) -> Any:
+        """Call the door."""
+        from cuda_kernels.attention import skip_softmax_attention
+
+        return skip_softmax_attention(
+            q, k, v, causal=causal, threshold=threshold, backend=backend, **settings
+        )
+
+    def peers(self, q: Any, k: Any, v: Any, causal: bool) -> dict[str, Call]:
+        """Dense kernels of others that are installed; some may refuse to run."""
+        from torch.nn.attention import SDPBackend, sdpa_kernel
+
+        heads_first = [x.transpose(1, 2) for x in (q, k, v)]
+        grouped = {"enable_gqa": True} if q.shape[2] != k.shape[2] else {}
+
+        def of_pytorch(which: Any) -> Any:
+            with sdpa_kernel(which):
+                return self.torch.nn.functional.scaled_dot_product_attention(
+                    *heads_first, is_causal=causal, **grouped
+                )
+
+        found: dict[str, Call] = {
+            "fa2": partial(of_pytorch, SDPBackend.FLASH_ATTENTION),
+            "cudnn": partial(of_pytorch, SDPBackend.CUDNN_ATTENTION),
+        }
+        try:
+            from flash_attn_interface import flash_attn_func
+        except ImportError:
+            return found
+        return {**found, "fa3": partial(flash_attn_func, q, k, v, causal=causal)}
+
+    def milliseconds(self, call: Call) -> float:
+        """Time one call on the GPU, the launch being queued while something else runs."""
+        cuda = self.torch.cuda
+        start, stop = (cuda.Event(enable_timing=True) for _ in range(2))
+        cuda._sleep(1_000_000)
+        start.record()
+        call()
+        stop.record()
+        cuda.synchronize()
+        return start.elapsed_time(stop)
 
 
 def table(record: dict[str, Any]) -> str:
     """Lay a record out in aligned columns."""
-    head = f"{'kernel':15}{'workload':22}{'D':>4}{'tokens':>8}{'mask':>8}{'sparsity':>10}"
-    lines = [f"{head}{'ms':>9}{'TFLOP/s':>9}  ratio (quartiles)"]
+    lines = [
+        f"{'kernel':22}{'workload':16}{'D':>4}{'tokens':>8}{'heads':>7}{'mask':>8}{'sparsity':>10}"
+        f"{'ms':>9}{'TFLOP/s':>9}  ratio (quartiles)"
+    ]
     for row in record["rows"]:
-        mask = "causal" if row["causal"] else "full"
-        ratio = (
-            f"{row['ratio']:.3f} ({row['ratio_quartiles'][0]:.3f}–{row['ratio_quartiles'][1]:.3f})"
-        )
+        ratios = [
+            f"{middle:.3f} ({low:.3f}–{high:.3f}) × {name}"
+            for name, (low, middle, high) in row["ratios"].items()
+        ]
         lines.append(
-            f"{row['kernel']:15}{row['workload']:22}{row['head_dim']:4}{row['tokens']:8}{mask:>8}"
-            f"{row['sparsity']:10.3f}{row['ms']:9.3f}{row['tflops']:9.0f}"
-            f"  {ratio} × {row['against']}"
+            f"{row['backend'] + ' ' + row['kernel']:22}{row['workload']:16}{row['head_dim']:4}"
+            f"{row['tokens']:8}{row['heads']:>4}/{row['kv_heads']:<2}"
+            f"{'causal' if row['causal'] else 'full':>8}{row['sparsity']:10.3f}{row['ms']:9.3f}"
+            f"{row['tflops']:9.0f}  {', '.join(ratios)}"
         )
-    machine_ = record["machine"]
-    lines.append(", ".join(f"{key} {value}" for key, value in machine_.items()))
+    lines += record["notes"]
+    lines.append(", ".join(f"{key} {value}" for key, value in record["machine"].items()))
     return "\n".join(lines)
-
-
-def machine(torch: Any) -> dict[str, str]:
-    """Say what a run was made on."""
-    from cuda.bindings import driver
-
-    _, version = driver.cuDriverGetVersion()
-    packages = ("numba", "numba-cuda", "numpy", "torch")
-    return {
-        "gpu": torch.cuda.get_device_name(),
-        "cuda_driver": f"{version // 1000}.{version % 1000 // 10}",
-        "python": platform.python_version(),
-        **{name: _version(name) for name in packages},
-        "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC"),
-    }
-
-
-def _version(name: str) -> str:
-    try:
-        return metadata.version(name)
-    except metadata.PackageNotFoundError:
-        return __import__(name.replace("-", "_")).__version__
-
-
-def _torch() -> Any:
-    from cuda_kernels.backends import TENSOR_CORES, detect
-
-    device = detect()
-    if device.kind != "gpu" or (device.compute_capability or (0, 0)) < TENSOR_CORES:
-        raise RuntimeError(
-            f"bench needs a GPU from Ampere on: {device.reason or f'this is {device.name}'}"
-        )
-    try:
-        import torch
-    except ImportError:
-        raise RuntimeError("bench needs PyTorch, for its kernels and its timers") from None
-    return torch
 
 
 def _bar(items: list[Any], progress: bool) -> Any:
     from tqdm import tqdm
 
     return tqdm(items, unit="shape", disable=not progress)
-
-
-def _random(torch: Any, head_dim: int, length: int, causal: bool, rounds: int) -> list[dict]:
-    """N(0, 1) inputs: dense, nothing skipped, and PyTorch's kernels."""
-    heads = 16
-    q, k, v = (
-        torch.randn(1, length, heads, head_dim, device="cuda", dtype=torch.bfloat16)
-        for _ in range(3)
-    )
-    peers = _peers(torch, q, k, v, causal)
-    ours = {
-        "dense": lambda: _ours(q, k, v, causal, 0.0),
-        "nothing skipped": lambda: _ours(q, k, v, causal, TINY),
-    }
-    times = _times(torch, {**peers, **ours}, rounds)
-    common = _common(head_dim, length, causal, heads, "random")
-    against = dict.fromkeys(peers, "fa2") | {"dense": "fa2", "nothing skipped": "dense"}
-    return [_row(name, times, against[name], 0.0, common) for name in times]
-
-
-def _prescribed(
-    torch: Any,
-    workload: str,
-    sparsity: float,
-    head_dim: int,
-    length: int,
-    causal: bool,
-    rounds: int,
-) -> list[dict]:
-    """Prescribed sparsity: our skip build over our dense build, on the same tensors."""
-    from sim import workloads
-
-    heads = 16
-    work = workloads.WORKLOADS[workload](length, head_dim, heads, sparsity=sparsity, causal=causal)
-    q, k, v = (
-        torch.from_numpy(np.moveaxis(x, 0, 1)[None]).cuda().to(torch.bfloat16).contiguous()
-        for x in (work.q, work.k, work.v)
-    )
-    _, report = _ours(q, k, v, causal, 0.01, report=True)
-    times = _times(
-        torch,
-        {
-            "dense": lambda: _ours(q, k, v, causal, 0.0),
-            "skip": lambda: _ours(q, k, v, causal, 0.01),
-        },
-        rounds,
-    )
-    common = _common(head_dim, length, causal, heads, f"{workload} {sparsity:g}")
-    return [_row("skip", times, "dense", float(report.sparsity.mean()), common)]
-
-
-def _ours(q: Any, k: Any, v: Any, causal: bool, threshold: float, report: bool = False) -> Any:
-    from cuda_kernels.attention import skip_softmax_attention
-
-    return skip_softmax_attention(
-        q, k, v, causal=causal, threshold=threshold, backend="mma", return_report=report
-    )
-
-
-def _peers(torch: Any, q: Any, k: Any, v: Any, causal: bool) -> dict[str, Callable[[], Any]]:
-    from torch.nn.attention import SDPBackend, sdpa_kernel
-
-    heads_first = [x.transpose(1, 2) for x in (q, k, v)]
-
-    def with_backend(which: Any) -> Callable[[], Any]:
-        def call() -> Any:
-            with sdpa_kernel(which):
-                return torch.nn.functional.scaled_dot_product_attention(
-                    *heads_first, is_causal=causal
-                )
-
-        return call
-
-    return {
-        "fa2": with_backend(SDPBackend.FLASH_ATTENTION),
-        "cudnn": with_backend(SDPBackend.CUDNN_ATTENTION),
-    }
-
-
-def _times(
-    torch: Any, candidates: dict[str, Callable[[], Any]], rounds: int
-) -> dict[str, list[float]]:
-    """Milliseconds of every candidate in every round; the queue is kept full before each."""
-    rng = np.random.default_rng(0)
-    for run in candidates.values():
-        run()
-    times: dict[str, list[float]] = {name: [] for name in candidates}
-    for _ in range(rounds):
-        for name in rng.permutation(list(candidates)):
-            start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            torch.cuda._sleep(1_000_000)  # the launch is queued while this runs
-            start.record()
-            candidates[name]()
-            stop.record()
-            torch.cuda.synchronize()
-            times[name].append(start.elapsed_time(stop))
-    return times
-
-
-def _common(head_dim: int, length: int, causal: bool, heads: int, workload: str) -> dict[str, Any]:
-    pairs = length * (length + 1) // 2 if causal else length * length
-    return {
-        "workload": workload,
-        "head_dim": head_dim,
-        "tokens": length,
-        "causal": causal,
-        "heads": heads,
-        "dtype": "bfloat16",
-        "flops": 4 * head_dim * pairs * heads,
-    }
-
-
-def _row(
-    name: str, times: dict[str, list[float]], against: str, sparsity: float, common: dict[str, Any]
-) -> dict[str, Any]:
-    ratios = [b / a for a, b in zip(times[name], times[against], strict=True)]
-    quartiles = statistics.quantiles(ratios, n=4)
-    ms = statistics.median(times[name])
-    return {
-        "kernel": name,
-        **common,
-        "sparsity": sparsity,
-        "ms": ms,
-        "tflops": common["flops"] / ms / 1e9,
-        "ratio": statistics.median(ratios),
-        "ratio_quartiles": [quartiles[0], quartiles[2]],
-        "against": against,
-    }

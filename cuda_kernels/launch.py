@@ -218,15 +218,16 @@ def _lowered(kernel: Any, signature: Any, capability: tuple[Any, ...]) -> Any:
                 raise WrongUse(reason)
         return library
     compiler.USED.clear()
-    library, _ = _compile_pyfunc_with_fixup(
-        kernel.py_func,
-        _parsed(signature),
-        device=False,
-        abi="numba",
-        cc=capability,
-        fastmath=kernel.targetoptions.get("fastmath", False),
-        launch_bounds=kernel.targetoptions.get("launch_bounds"),
-    )
+    with compiler.quicker_liveness():
+        library, _ = _compile_pyfunc_with_fixup(
+            kernel.py_func,
+            _parsed(signature),
+            device=False,
+            abi="numba",
+            cc=capability,
+            fastmath=kernel.targetoptions.get("fastmath", False),
+            launch_bounds=kernel.targetoptions.get("launch_bounds"),
+        )
     if "tensor_map" not in str(signature):
         _last = (kernel, str(signature), library, frozenset(compiler.USED))
     return library

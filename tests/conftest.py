@@ -54,6 +54,13 @@ def pytest_addoption(parser: pytest.Parser) -> None:
             action="store_true",
             help=f"a test marked {marker} that would be skipped fails instead",
         )
+    parser.addoption(
+        "--random-shapes",
+        type=int,
+        default=60,
+        metavar="N",
+        help="how many random shapes the kernels are given on a GPU",
+    )
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -172,3 +172,27 @@ def test_help_loads_no_numpy_and_scan_no_streamlit(root: Path, small: Path) -> N
 
 def test_orders_are_those_of_the_simulator() -> None:
     assert cli.ORDERS == sim.ORDERS
+
+
+@pytest.mark.parametrize("interrupted", [False, True])
+def test_bench_hands_its_arguments_on_and_says_what_was_kept(
+    interrupted: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    asked = {}
+    record = {
+        "machine": {"gpu": "Card"}, "rows": [], "notes": [], "interrupted": interrupted,
+        "path": "kept.json",
+    }  # fmt: skip
+    for module, name in (("benchmark", "bench_prefill"), ("benchmark_launch", "bench_launch")):
+        monkeypatch.setattr(
+            f"cuda_kernels.{module}.{name}", lambda **how: asked.update(how) or record
+        )
+    wanted = cli.INTERRUPTED if interrupted else 0
+    options = ["--tokens", "4096", "16384", "--backend", "mma"]
+    assert cli.main(["bench", "prefill", *options]) == wanted
+    assert (asked["tokens"], asked["backends"], asked["quick"]) == ([4096, 16384], ["mma"], False)
+    assert cli.main(["bench", "launch", "--calls", "5000", "--json"]) == wanted
+    assert asked["calls"] == 5000
+    out, err = capsys.readouterr()
+    assert "gpu Card" in out
+    assert ("what was measured is in kept.json" in err) is interrupted

@@ -9,6 +9,7 @@ import pytest
 
 from cuda_kernels import detect, gemm, gemm_wgmma, launch
 from cuda_kernels.launch import Launcher, why_not_assemble
+from cuda_kernels.ptx import compiler
 from cuda_kernels.ptx.language import BF16, TensorMap
 
 driver = pytest.importorskip("cuda.bindings.driver", reason="numba-cuda is not installed")
@@ -136,6 +137,52 @@ def test_parameters_are_as_large_as_the_kernel_wants_them(which, monkeypatch, tm
         map_ = TensorMap(np.zeros((128, 64), np.uint16), gemm_wgmma.A_BOX)
         launcher = Launcher(7, (1, 1, 1), 384, 0, map_, map_, c, ctypes.c_int32(64))
     assert [ctypes.sizeof(value) for value in launcher._values] == sizes_in(made.cubin, tmp_path)
+
+
+@pytest.mark.assembler
+@needs_assembler
+def test_liveness_is_what_numba_finds(monkeypatch, tmp_path):
+    from numba.cuda.core import analysis
+
+    monkeypatch.setenv("SKIP_SOFTMAX_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(launch, "_last", ())
+    theirs, ours, seen = analysis.compute_live_map, compiler.live_at_entry, []
+
+    def both(*arguments):
+        found = ours(*arguments)
+        assert found == theirs(*arguments)
+        seen.append(found)
+        return found
+
+    monkeypatch.setattr(compiler, "live_at_entry", both)
+    launch.build(gemm.make_kernel(BF16, 1), MATRICES, "sm_90a")
+    assert any(len(live) > 20 and any(live.values()) for live in seen)
+    assert analysis.compute_live_map is theirs
+
+
+@pytest.mark.assembler
+@needs_assembler
+def test_numba_lowers_a_kernel_once_for_all_architectures(monkeypatch, tmp_path):
+    monkeypatch.setenv("SKIP_SOFTMAX_CACHE_DIR", str(tmp_path))
+    kernel, alone = gemm.make_kernel(BF16, 1), {}
+    for arch in ("sm_80", "sm_120a"):
+        monkeypatch.setattr(launch, "_last", ())
+        alone[arch] = launch._compile(kernel, MATRICES, arch).cubin
+    monkeypatch.setattr(compiler, "quicker_liveness", None)  # it would be called again
+    monkeypatch.setattr(launch, "_last", launch._last)
+    for arch, cubin in alone.items():
+        assert sass(launch._compile(kernel, MATRICES, arch).cubin, tmp_path) == sass(
+            cubin, tmp_path
+        )
+
+
+def sass(cubin, tmp_path):
+    """Instructions of machine code: the kernel's own name counts what Numba made before."""
+    (tmp_path / "kernel.cubin").write_bytes(cubin)
+    listing = launch._run("nvdisasm", "--print-code", tmp_path / "kernel.cubin")
+    found = re.findall(r"/\*[0-9a-f]{4}\*/\s+(.*?;)", listing)
+    assert len(found) > 100
+    return found
 
 
 @pytest.mark.gpu

@@ -137,9 +137,8 @@ def test_on_the_gpu(case, cupy):
 
 
 @needs_gpu
-@pytest.mark.parametrize("seed", range(60))
-def test_random_shapes_on_the_gpu(seed, cupy):
-    case = random_case(seed)
+def test_random_shapes_on_the_gpu(shape_seed, cupy):
+    case = random_case(shape_seed)
     settings = {"move": cupy.asarray, "back": cupy.asnumpy, "backend": "mma", "gap": True}
     contract.check(case, case.tensors(), *run(case, case.threshold, **settings))
 
