@@ -132,17 +132,18 @@ def choose_backends(asked: Sequence[str] | None) -> list[str]:
     RuntimeError
         If one cannot run here.
     """
-    from cuda_kernels.backends import BACKENDS, choose
+    from cuda_kernels.backends import TENSOR_CORE_BACKENDS, choose
 
-    ours = [name for name in BACKENDS if name not in ("simt", "reference")]
     for name in asked or ():
-        if name not in ours:
-            raise ValueError(f"backend must be one of {', '.join(ours)}, got {name!r}")
+        if name not in TENSOR_CORE_BACKENDS:
+            raise ValueError(
+                f"backend must be one of {', '.join(TENSOR_CORE_BACKENDS)}, got {name!r}"
+            )
     device = check_gpu()
     if asked:
         return [choose(name, device) for name in asked]
     found = []
-    for name in ours:
+    for name in TENSOR_CORE_BACKENDS:
         try:
             found.append(choose(name, device))
         except RuntimeError:  # not a kernel for this GPU

@@ -1,4 +1,4 @@
-"""The tensor-core kernel: emulated on any machine, and on a GPU, against the shared contract."""
+"""The tensor-core kernels: emulated on any machine, and on a GPU, against the shared contract."""
 
 import contract
 import numpy as np
@@ -7,39 +7,47 @@ from cases import MMA_CASES, Case
 from run_cases import run
 
 from cuda_kernels import detect, skip_softmax_attention, skip_softmax_plan
+from cuda_kernels.backends import HOPPER, TENSOR_CORE_BACKENDS
 
 
 def name(case):
     return case.name
 
 
+@pytest.fixture(params=TENSOR_CORE_BACKENDS)
+def backend(request):
+    return request.param
+
+
 @pytest.mark.parametrize("case", MMA_CASES, ids=name)
-def test_emulated(case):
-    results = run(case, case.threshold, emulate=True, gap=True)
+def test_emulated(case, backend):
+    results = run(case, case.threshold, emulate=True, gap=True, backend=backend)
     skipped = contract.check(case, case.tensors(), *results)
     assert (skipped > 0) == ("skips" in case.name or case.name == "wide heads")
 
 
-def test_emulated_gaps_do_not_depend_on_the_threshold_nor_results_on_the_gap_build():
+def test_emulated_gaps_do_not_depend_on_the_threshold_nor_results_on_the_gap_build(backend):
     case = MMA_CASES[0]
-    strict, loose = (run(case, lam, emulate=True, gap=True) for lam in (0.01, 1.0))
+    settings = {"emulate": True, "backend": backend}
+    strict, loose = (run(case, lam, gap=True, **settings) for lam in (0.01, 1.0))
     assert strict[2].tobytes() == loose[2].tobytes()
     assert strict[1].tobytes() != loose[1].tobytes()
-    plain = run(case, 1.0, emulate=True)
+    plain = run(case, 1.0, **settings)
     assert plain[2] is None
     for one, other in zip(loose[:2] + loose[3:], plain[:2] + plain[3:], strict=True):
         assert one.tobytes() == other.tobytes()
 
 
-def test_emulated_dense_build_is_the_skip_build_at_zero():
+def test_emulated_dense_build_is_the_skip_build_at_zero(backend):
     case = Case("zero", lq=64, lk=300, tile=(64, 128), d=64, dv=64)
-    dense = run(case, 0.0, emulate=True)
-    barely = run(case, 1e-30, emulate=True)  # the skip build, which finds nothing to skip
+    settings = {"emulate": True, "backend": backend}
+    dense = run(case, 0.0, **settings)
+    barely = run(case, 1e-30, **settings)  # the skip build, which finds nothing to skip
     for one, other in zip(dense, barely, strict=True):
         assert one is other is None or one.tobytes() == other.tobytes()
 
 
-def test_emulated_padding_may_hold_anything():
+def test_emulated_padding_may_hold_anything(backend):
     """Rows beyond a strided view's end are never read."""
     case = Case("padded", lq=70, lk=140, tile=(64, 128), d=64, dv=64, threshold=0.3)
     tensors = case.tensors()
@@ -48,7 +56,7 @@ def test_emulated_padding_may_hold_anything():
         bigger = np.full((1, x.shape[1] + 128, 1, 64), np.nan, np.float16)
         bigger[:, : x.shape[1]] = x
         wide.append(bigger[:, : x.shape[1]])
-    settings = {"threshold": 0.3, "emulate": True}
+    settings = {"threshold": 0.3, "emulate": True, "backend": backend}
     out, clean = (skip_softmax_attention(*x, **settings) for x in (wide, tensors))
     assert np.isfinite(out).all()
     assert out.tobytes() == clean.tobytes()
@@ -85,13 +93,13 @@ def agree(out, report, expected, reference):
 
 
 @pytest.mark.parametrize(("sizes", "lengths", "own", "window", "causal"), RAGGED)
-def test_emulated_windows_and_unequal_lengths(sizes, lengths, own, window, causal):
+def test_emulated_windows_and_unequal_lengths(sizes, lengths, own, window, causal, backend):
     holed, whole = ragged(sizes, lengths, own)
     settings = {
         "threshold": 0.6, "window": window, "causal": causal, "q_lens": own[0], "kv_lens": own[1],
         "return_report": True,
     }  # fmt: skip
-    got = skip_softmax_attention(*holed, **settings, emulate=True)
+    got = skip_softmax_attention(*holed, **settings, emulate=True, backend=backend)
     expected = skip_softmax_attention(*whole, **settings, backend="reference")
     agree(*got, *expected)
     for b, length in enumerate(own[0]):
@@ -126,10 +134,18 @@ def cupy():
     return pytest.importorskip("cupy")
 
 
+@pytest.fixture
+def on_gpu(cupy, backend):
+    """Back end, if this GPU runs it."""
+    if backend == "wgmma" and detect().compute_capability != HOPPER:
+        pytest.skip("no Hopper GPU")
+    return backend
+
+
 @needs_gpu
 @pytest.mark.parametrize("case", MMA_CASES, ids=name)
-def test_on_the_gpu(case, cupy):
-    settings = {"move": cupy.asarray, "back": cupy.asnumpy, "backend": "mma", "gap": True}
+def test_on_the_gpu(case, cupy, on_gpu):
+    settings = {"move": cupy.asarray, "back": cupy.asnumpy, "backend": on_gpu, "gap": True}
     results = run(case, case.threshold, **settings)
     contract.check(case, case.tensors(), *results)
     for one, other in zip(results, run(case, case.threshold, **settings), strict=True):
@@ -137,9 +153,9 @@ def test_on_the_gpu(case, cupy):
 
 
 @needs_gpu
-def test_random_shapes_on_the_gpu(shape_seed, cupy):
+def test_random_shapes_on_the_gpu(shape_seed, cupy, on_gpu):
     case = random_case(shape_seed)
-    settings = {"move": cupy.asarray, "back": cupy.asnumpy, "backend": "mma", "gap": True}
+    settings = {"move": cupy.asarray, "back": cupy.asnumpy, "backend": on_gpu, "gap": True}
     contract.check(case, case.tensors(), *run(case, case.threshold, **settings))
 
 
@@ -171,14 +187,14 @@ def random_case(seed):
 
 @needs_gpu
 @pytest.mark.parametrize("seed", range(10))
-def test_bfloat16_on_the_gpu(seed, cupy):
+def test_bfloat16_on_the_gpu(seed, cupy, on_gpu):
     torch = pytest.importorskip("torch")
     case = random_case(seed)
     values = case.bfloat16_tensors()
     q, k, v = (torch.from_numpy(x).cuda().to(torch.bfloat16) for x in values)
     out, report = skip_softmax_attention(
         q, k, v, causal=case.causal, threshold=case.threshold, order=case.order, gap=True,
-        return_report=True, backend="mma",
+        return_report=True, backend=on_gpu,
     )  # fmt: skip
     fields = (report.state, report.gap, report.lse, report.dropped_mass_bound)
     rough = Case(**{**vars(case), "dtype": "bfloat16"})
@@ -186,17 +202,18 @@ def test_bfloat16_on_the_gpu(seed, cupy):
 
 
 @needs_gpu
-def test_strides_streams_and_thresholds_per_head_on_the_gpu(cupy):
+def test_strides_streams_and_thresholds_per_head_on_the_gpu(cupy, on_gpu):
     case = Case("strides", lq=200, lk=333, hq=4, hkv=2, tile=(64, 128), d=64, dv=64)
     q, k, v = (cupy.asarray(x) for x in case.tensors())
     cache = cupy.ascontiguousarray(cupy.moveaxis(k, 1, 2))  # as model caches lie
     thresholds = [[0.0, 0.1, 1.0, 0.1]]
     with cupy.cuda.Stream(non_blocking=True):
         out, report = skip_softmax_attention(
-            q, cupy.moveaxis(cache, 1, 2), v, threshold=thresholds, return_report=True
-        )
-        same = skip_softmax_attention(q, k, v, threshold=thresholds)
-        assert report.backend == "mma"
+            q, cupy.moveaxis(cache, 1, 2), v, threshold=thresholds, return_report=True,
+            backend=on_gpu,
+        )  # fmt: skip
+        same = skip_softmax_attention(q, k, v, threshold=thresholds, backend=on_gpu)
+        assert report.backend == on_gpu
         assert (out == same).all()
         assert report.sparsity[0, 0] == 0
         assert report.sparsity[0, 2] >= report.sparsity[0, 1]
@@ -204,25 +221,27 @@ def test_strides_streams_and_thresholds_per_head_on_the_gpu(cupy):
 
 @needs_gpu
 @pytest.mark.parametrize(("sizes", "lengths", "own", "window", "causal"), RAGGED)
-def test_windows_and_unequal_lengths_on_the_gpu(sizes, lengths, own, window, causal, cupy):
+def test_windows_and_unequal_lengths_on_the_gpu(sizes, lengths, own, window, causal, cupy, on_gpu):
     holed, whole = ragged(sizes, lengths, own)
     settings = {
         "threshold": 0.6, "window": window, "causal": causal, "q_lens": own[0], "kv_lens": own[1],
         "return_report": True,
     }  # fmt: skip
-    out, report = skip_softmax_attention(*(cupy.asarray(x) for x in holed), **settings)
-    assert report.backend == "mma"
+    moved = (cupy.asarray(x) for x in holed)
+    out, report = skip_softmax_attention(*moved, **settings, backend=on_gpu)
+    assert report.backend == on_gpu
     expected, reference = skip_softmax_attention(*whole, **settings, backend="reference")
     assert np.array_equal(report.tiles.state, reference.tiles.state)
     np.testing.assert_allclose(cupy.asnumpy(out).astype(float), expected.astype(float), atol=4e-3)
 
 
 @needs_gpu
-def test_a_plan_launches_again_and_in_a_graph_on_the_gpu(cupy):
+def test_a_plan_launches_again_and_in_a_graph_on_the_gpu(cupy, on_gpu):
     torch = pytest.importorskip("torch")
     q, k, v = (torch.randn(1, 300, 2, 64, device="cuda", dtype=torch.float16) for _ in range(3))
-    plan = skip_softmax_plan(q, k, v, threshold=0.2)
-    expected = skip_softmax_attention(q, k, v, threshold=0.2)
+    settings = {"threshold": 0.2, "backend": on_gpu}
+    plan = skip_softmax_plan(q, k, v, **settings)
+    expected = skip_softmax_attention(q, k, v, **settings)
     out = torch.full_like(q, float("nan"))
     assert plan(q, k, v, out=out) is out
     assert (out == expected).all()
@@ -231,7 +250,7 @@ def test_a_plan_launches_again_and_in_a_graph_on_the_gpu(cupy):
         plan(q, k, v, out=out)
     q.copy_(torch.randn_like(q))
     graph.replay()
-    assert (out == skip_softmax_attention(q, k, v, threshold=0.2)).all()
+    assert (out == skip_softmax_attention(q, k, v, **settings)).all()
     assert plan.report.sparsity.shape == (1, 2)
     with pytest.raises(ValueError, match="k must be as planned"):
         plan(q, k[:, 1:], v)
