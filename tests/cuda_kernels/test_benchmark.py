@@ -35,7 +35,7 @@ class Played:
         return np.broadcast_to(np.moveaxis(x, 0, 1)[None], shape).astype(np.float16, "C")
 
     def ours(self, backend, q, k, v, causal, threshold, **settings):
-        assert backend in ("mma", "another")
+        assert backend in ("mma", "wgmma", "another")
         return skip_softmax_attention(
             q, k, v, causal=causal, threshold=threshold, backend="reference", **settings
         )
