@@ -5,7 +5,8 @@ Every widget is bound to the URL, so that a link reproduces the view.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import numpy as np
 import streamlit as st
@@ -210,25 +211,25 @@ def pick_threshold(hold: str, length: int) -> tuple[float, float]:
         λ as it was asked for: above 1 where a fixed scale factor exceeds the length.
     factor : float
     """
-    state = st.session_state
     slots = st.container(), st.container()  # in this order, whichever is made first
     if hold == FIXED[0]:
         with slots[0]:
-            threshold = _threshold_input(bound=True)
-        factor = state["factor"] = _short(to_scale_factor(threshold, length))
+            threshold = _threshold_input("threshold", bind="query-params")
+        factor = _short(to_scale_factor(threshold, length))
+        st.session_state["factor"] = factor
         with slots[1]:
-            _factor_input(bound=False, length=length)
+            _follow(_factor_input, factor, _factor_edited, length)
         return threshold, factor
     with slots[1]:
-        factor = _factor_input(bound=True, length=length)
+        factor = _factor_input("factor", bind="query-params")
     threshold = float(from_scale_factor(factor, length))
-    state["threshold"] = min(1.0, _short(threshold))
+    st.session_state["threshold"] = min(1.0, _short(threshold))
     with slots[0]:
-        _threshold_input(bound=False, length=length)
+        _follow(_threshold_input, st.session_state["threshold"], _threshold_edited, length)
     return threshold, factor
 
 
-def _threshold_input(bound: bool, length: int = 1) -> float:
+def _threshold_input(key: str, **how: Any) -> float:
     return st.number_input(
         "Threshold λ",
         0.0,
@@ -236,15 +237,13 @@ def _threshold_input(bound: bool, length: int = 1) -> float:
         DEFAULT_THRESHOLD,
         step=0.01,
         format="%.3g",
-        key="threshold",
-        bind="query-params" if bound else None,
-        on_change=None if bound else _threshold_edited,
-        args=(length,),
+        key=key,
         help="A tile is skipped if its gap is below ln λ. Larger skips more; 0 skips nothing.",
+        **how,
     )
 
 
-def _factor_input(bound: bool, length: int) -> float:
+def _factor_input(key: str, **how: Any) -> float:
     return st.number_input(
         "Scale factor",
         0.0,
@@ -252,21 +251,44 @@ def _factor_input(bound: bool, length: int) -> float:
         DEFAULT_FACTOR,
         step=10.0,
         format="%.4g",
-        key="factor",
-        bind="query-params" if bound else None,
-        on_change=None if bound else _factor_edited,
-        args=(length,),
+        key=key,
         help="λ × length: what TensorRT-LLM calls `threshold_scale_factor`.",
+        **how,
     )
 
 
-def _threshold_edited(length: int) -> None:
-    st.session_state["factor"] = _short(to_scale_factor(st.session_state["threshold"], length))
+def _follow(
+    make_input: Callable[..., float],
+    value: float,
+    edited: Callable[[float, int], None],
+    length: int,
+) -> None:
+    """Show the one that is not fixed; a value typed into it moves the fixed one.
+
+    A browser that has not yet been told the new value sends the old one along with whatever is
+    done next, which looks like an edit.  So each new value is a new widget, unless it was typed
+    into this one, and what comes late from an old widget is nobody's.
+    """
+    state = st.session_state
+    number = state.get("follower", 0)
+    if state.get(f"follower {number}") != value:
+        number += 1
+        state[f"follower {number}"] = value
+    state["follower"] = number
+
+    def typed() -> None:
+        if state["follower"] == number:
+            edited(state[f"follower {number}"], length)
+
+    make_input(f"follower {number}", on_change=typed)
 
 
-def _factor_edited(length: int) -> None:
-    threshold = from_scale_factor(st.session_state["factor"], length)
-    st.session_state["threshold"] = min(1.0, _short(threshold))
+def _threshold_edited(threshold: float, length: int) -> None:
+    st.session_state["factor"] = _short(to_scale_factor(threshold, length))
+
+
+def _factor_edited(factor: float, length: int) -> None:
+    st.session_state["threshold"] = min(1.0, _short(from_scale_factor(factor, length)))
 
 
 def _write_again() -> None:
