@@ -94,7 +94,8 @@ def test_it_plays_pauses_and_stays_with_the_page(open_page) -> None:
     play, scrub = page.locator(".play"), page.locator(".scrub")
     play.click()
     assert play.inner_text() == "Pause"
-    page.wait_for_function("document.querySelector('.scrub').value >= 4")
+    while int(scrub.input_value()) < 4:
+        page.wait_for_timeout(50)
     play.click()
     at = int(scrub.input_value())
     page.timers(400)
