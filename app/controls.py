@@ -25,7 +25,10 @@ LENGTH_STEP = 512
 DEFAULT_THRESHOLD = 0.01
 DEFAULT_FACTOR = 40.0
 FIXED = ("λ", "scale factor")
-_OF_ONE_SOURCE = ("head", "length", "group", "key_tile", "row", "window", "queries")
+_OF_ONE_SOURCE = (
+    *("head", "length", "group", "key_tile", "row", "window", "queries"),
+    *("kv_head", "token", "tile"),
+)
 
 
 def pick_source() -> sources.Source:
@@ -72,7 +75,7 @@ def _forget_place() -> None:
 
 def pick_head(count: int) -> int:
     """Choose a query head, 0 … count−1."""
-    _keep_within("head", range(count))
+    keep_within("head", range(count))
     return st.selectbox("Head", range(count), key="head", bind="query-params", format_func=str)
 
 
@@ -132,7 +135,7 @@ def pick_mask(lq: int, lk: int, causal: bool) -> Mask:
             on_change=_forget_forced,
             help="A larger tile is more likely to hold a key that matters.",
         )
-        _keep_within("window", range(lk))
+        keep_within("window", range(lk))
         window = st.number_input(
             "Sliding window, keys",
             0,
@@ -145,7 +148,7 @@ def pick_mask(lq: int, lk: int, causal: bool) -> Mask:
             disabled=not causal,
             help="Each query sees only that many keys, itself the last. 0: no window.",
         )
-        _keep_within("queries", range(lq))
+        keep_within("queries", range(lq))
         queries = st.number_input(
             "Last queries only",
             0,
@@ -177,7 +180,7 @@ def pick_length(whole: int, croppable: bool) -> int:
     lengths = [*range(LENGTH_STEP, whole, LENGTH_STEP), whole] if croppable else [whole]
     if len(lengths) == 1:
         return whole
-    _keep_within("length", lengths)
+    keep_within("length", lengths)
     return st.select_slider(
         "Context length, tokens",
         lengths,
@@ -214,7 +217,7 @@ def pick_threshold(hold: str, length: int) -> tuple[float, float]:
     slots = st.container(), st.container()  # in this order, whichever is made first
     if hold == FIXED[0]:
         with slots[0]:
-            threshold = _threshold_input("threshold", bind="query-params")
+            threshold = threshold_input("threshold", bind="query-params")
         factor = _short(to_scale_factor(threshold, length))
         st.session_state["factor"] = factor
         with slots[1]:
@@ -225,11 +228,12 @@ def pick_threshold(hold: str, length: int) -> tuple[float, float]:
     threshold = float(from_scale_factor(factor, length))
     st.session_state["threshold"] = min(1.0, _short(threshold))
     with slots[0]:
-        _follow(_threshold_input, st.session_state["threshold"], _threshold_edited, length)
+        _follow(threshold_input, st.session_state["threshold"], _threshold_edited, length)
     return threshold, factor
 
 
-def _threshold_input(key: str, **how: Any) -> float:
+def threshold_input(key: str, **how: Any) -> float:
+    """Choose λ by number."""
     return st.number_input(
         "Threshold λ",
         0.0,
@@ -299,8 +303,8 @@ def _write_again() -> None:
 
 def pick_tile(grid: Grid) -> tuple[int, int]:
     """Choose tile (i, j) by number, in two columns."""
-    _keep_within("group", range(grid.groups))
-    _keep_within("key_tile", range(grid.key_tiles))
+    keep_within("group", range(grid.groups))
+    keep_within("key_tile", range(grid.key_tiles))
     left, right = st.columns(2, gap="large")
     last = grid.groups - 1
     i = left.number_input("Query group", 0, last, last, key="group", bind="query-params")
@@ -311,7 +315,7 @@ def pick_tile(grid: Grid) -> tuple[int, int]:
 
 def pick_row(rows: int, deciding: int | None) -> int:
     """Choose the query row whose attention is drawn as bars."""
-    _keep_within("row", range(rows))
+    keep_within("row", range(rows))
     left, right = st.columns(2, gap="large", vertical_alignment="bottom")
     row = left.number_input("Query row", 0, rows - 1, rows - 1, key="row", bind="query-params")
     right.button(
@@ -325,13 +329,20 @@ def pick_row(rows: int, deciding: int | None) -> int:
 
 def threshold_moved(length: int) -> None:
     """Take λ from the map's slider."""
-    threshold = st.session_state[MAP].threshold
-    if not isinstance(threshold, int | float) or not 0 <= threshold <= 1:
+    threshold = threshold_of(MAP)
+    if threshold is None:
         return
     if st.session_state.get("hold") == FIXED[1]:
         st.session_state["factor"] = _short(to_scale_factor(threshold, length))
     else:
-        st.session_state["threshold"] = float(threshold)
+        st.session_state["threshold"] = threshold
+
+
+def threshold_of(key: str) -> float | None:
+    """λ that a component's slider has sent; None if that is no λ."""
+    threshold = st.session_state[key].threshold
+    fits = isinstance(threshold, int | float) and 0 <= threshold <= 1
+    return float(threshold) if fits else None
 
 
 def head_chosen() -> None:
@@ -345,7 +356,7 @@ def tile_chosen() -> None:
     st.session_state["group"], st.session_state["key_tile"] = int(cell["i"]), int(cell["j"])
 
 
-def _keep_within(key: str, allowed: range | list[int]) -> None:
+def keep_within(key: str, allowed: range | list[int]) -> None:
     """Move a remembered value into the range it has now: the source or the length has changed."""
     value = st.session_state.get(key)
     if value is not None and value not in allowed:
