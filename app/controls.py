@@ -5,7 +5,8 @@ Every widget is bound to the URL, so that a link reproduces the view.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import numpy as np
 import streamlit as st
@@ -24,7 +25,10 @@ LENGTH_STEP = 512
 DEFAULT_THRESHOLD = 0.01
 DEFAULT_FACTOR = 40.0
 FIXED = ("λ", "scale factor")
-_OF_ONE_SOURCE = ("head", "length", "group", "key_tile", "row", "window", "queries")
+_OF_ONE_SOURCE = (
+    *("head", "length", "group", "key_tile", "row", "window", "queries"),
+    *("kv_head", "token", "tile"),
+)
 
 
 def pick_source() -> sources.Source:
@@ -71,7 +75,7 @@ def _forget_place() -> None:
 
 def pick_head(count: int) -> int:
     """Choose a query head, 0 … count−1."""
-    _keep_within("head", range(count))
+    keep_within("head", range(count))
     return st.selectbox("Head", range(count), key="head", bind="query-params", format_func=str)
 
 
@@ -131,7 +135,7 @@ def pick_mask(lq: int, lk: int, causal: bool) -> Mask:
             on_change=_forget_forced,
             help="A larger tile is more likely to hold a key that matters.",
         )
-        _keep_within("window", range(lk))
+        keep_within("window", range(lk))
         window = st.number_input(
             "Sliding window, keys",
             0,
@@ -144,7 +148,7 @@ def pick_mask(lq: int, lk: int, causal: bool) -> Mask:
             disabled=not causal,
             help="Each query sees only that many keys, itself the last. 0: no window.",
         )
-        _keep_within("queries", range(lq))
+        keep_within("queries", range(lq))
         queries = st.number_input(
             "Last queries only",
             0,
@@ -176,7 +180,7 @@ def pick_length(whole: int, croppable: bool) -> int:
     lengths = [*range(LENGTH_STEP, whole, LENGTH_STEP), whole] if croppable else [whole]
     if len(lengths) == 1:
         return whole
-    _keep_within("length", lengths)
+    keep_within("length", lengths)
     return st.select_slider(
         "Context length, tokens",
         lengths,
@@ -210,25 +214,26 @@ def pick_threshold(hold: str, length: int) -> tuple[float, float]:
         λ as it was asked for: above 1 where a fixed scale factor exceeds the length.
     factor : float
     """
-    state = st.session_state
     slots = st.container(), st.container()  # in this order, whichever is made first
     if hold == FIXED[0]:
         with slots[0]:
-            threshold = _threshold_input(bound=True)
-        factor = state["factor"] = _short(to_scale_factor(threshold, length))
+            threshold = threshold_input("threshold", bind="query-params")
+        factor = _short(to_scale_factor(threshold, length))
+        st.session_state["factor"] = factor
         with slots[1]:
-            _factor_input(bound=False, length=length)
+            _follow(_factor_input, factor, _factor_edited, length)
         return threshold, factor
     with slots[1]:
-        factor = _factor_input(bound=True, length=length)
+        factor = _factor_input("factor", bind="query-params")
     threshold = float(from_scale_factor(factor, length))
-    state["threshold"] = min(1.0, _short(threshold))
+    st.session_state["threshold"] = min(1.0, _short(threshold))
     with slots[0]:
-        _threshold_input(bound=False, length=length)
+        _follow(threshold_input, st.session_state["threshold"], _threshold_edited, length)
     return threshold, factor
 
 
-def _threshold_input(bound: bool, length: int = 1) -> float:
+def threshold_input(key: str, **how: Any) -> float:
+    """Choose λ by number."""
     return st.number_input(
         "Threshold λ",
         0.0,
@@ -236,15 +241,13 @@ def _threshold_input(bound: bool, length: int = 1) -> float:
         DEFAULT_THRESHOLD,
         step=0.01,
         format="%.3g",
-        key="threshold",
-        bind="query-params" if bound else None,
-        on_change=None if bound else _threshold_edited,
-        args=(length,),
+        key=key,
         help="A tile is skipped if its gap is below ln λ. Larger skips more; 0 skips nothing.",
+        **how,
     )
 
 
-def _factor_input(bound: bool, length: int) -> float:
+def _factor_input(key: str, **how: Any) -> float:
     return st.number_input(
         "Scale factor",
         0.0,
@@ -252,21 +255,44 @@ def _factor_input(bound: bool, length: int) -> float:
         DEFAULT_FACTOR,
         step=10.0,
         format="%.4g",
-        key="factor",
-        bind="query-params" if bound else None,
-        on_change=None if bound else _factor_edited,
-        args=(length,),
+        key=key,
         help="λ × length: what TensorRT-LLM calls `threshold_scale_factor`.",
+        **how,
     )
 
 
-def _threshold_edited(length: int) -> None:
-    st.session_state["factor"] = _short(to_scale_factor(st.session_state["threshold"], length))
+def _follow(
+    make_input: Callable[..., float],
+    value: float,
+    edited: Callable[[float, int], None],
+    length: int,
+) -> None:
+    """Show the one that is not fixed; a value typed into it moves the fixed one.
+
+    A browser that has not yet been told the new value sends the old one along with whatever is
+    done next, which looks like an edit.  So each new value is a new widget, unless it was typed
+    into this one, and what comes late from an old widget is nobody's.
+    """
+    state = st.session_state
+    number = state.get("follower", 0)
+    if state.get(f"follower {number}") != value:
+        number += 1
+        state[f"follower {number}"] = value
+    state["follower"] = number
+
+    def typed() -> None:
+        if state["follower"] == number:
+            edited(state[f"follower {number}"], length)
+
+    make_input(f"follower {number}", on_change=typed)
 
 
-def _factor_edited(length: int) -> None:
-    threshold = from_scale_factor(st.session_state["factor"], length)
-    st.session_state["threshold"] = min(1.0, _short(threshold))
+def _threshold_edited(threshold: float, length: int) -> None:
+    st.session_state["factor"] = _short(to_scale_factor(threshold, length))
+
+
+def _factor_edited(factor: float, length: int) -> None:
+    st.session_state["threshold"] = min(1.0, _short(from_scale_factor(factor, length)))
 
 
 def _write_again() -> None:
@@ -277,8 +303,8 @@ def _write_again() -> None:
 
 def pick_tile(grid: Grid) -> tuple[int, int]:
     """Choose tile (i, j) by number, in two columns."""
-    _keep_within("group", range(grid.groups))
-    _keep_within("key_tile", range(grid.key_tiles))
+    keep_within("group", range(grid.groups))
+    keep_within("key_tile", range(grid.key_tiles))
     left, right = st.columns(2, gap="large")
     last = grid.groups - 1
     i = left.number_input("Query group", 0, last, last, key="group", bind="query-params")
@@ -289,7 +315,7 @@ def pick_tile(grid: Grid) -> tuple[int, int]:
 
 def pick_row(rows: int, deciding: int | None) -> int:
     """Choose the query row whose attention is drawn as bars."""
-    _keep_within("row", range(rows))
+    keep_within("row", range(rows))
     left, right = st.columns(2, gap="large", vertical_alignment="bottom")
     row = left.number_input("Query row", 0, rows - 1, rows - 1, key="row", bind="query-params")
     right.button(
@@ -303,13 +329,20 @@ def pick_row(rows: int, deciding: int | None) -> int:
 
 def threshold_moved(length: int) -> None:
     """Take λ from the map's slider."""
-    threshold = st.session_state[MAP].threshold
-    if not isinstance(threshold, int | float) or not 0 <= threshold <= 1:
+    threshold = threshold_of(MAP)
+    if threshold is None:
         return
     if st.session_state.get("hold") == FIXED[1]:
         st.session_state["factor"] = _short(to_scale_factor(threshold, length))
     else:
-        st.session_state["threshold"] = float(threshold)
+        st.session_state["threshold"] = threshold
+
+
+def threshold_of(key: str) -> float | None:
+    """λ that a component's slider has sent; None if that is no λ."""
+    threshold = st.session_state[key].threshold
+    fits = isinstance(threshold, int | float) and 0 <= threshold <= 1
+    return float(threshold) if fits else None
 
 
 def head_chosen() -> None:
@@ -323,7 +356,7 @@ def tile_chosen() -> None:
     st.session_state["group"], st.session_state["key_tile"] = int(cell["i"]), int(cell["j"])
 
 
-def _keep_within(key: str, allowed: range | list[int]) -> None:
+def keep_within(key: str, allowed: range | list[int]) -> None:
     """Move a remembered value into the range it has now: the source or the length has changed."""
     value = st.session_state.get(key)
     if value is not None and value not in allowed:

@@ -18,6 +18,7 @@ st.set_page_config(page_title="Skip Softmax Lab", page_icon=ICON, layout="wide")
 st.navigation(
     [
         st.Page(PAGES / "tile_map.py", title="Tile map", default=True),
+        st.Page(PAGES / "decode.py", title="Decode"),
         st.Page(PAGES / "rules.py", title="Rules"),
         st.Page(PAGES / "calibrate.py", title="Calibrate"),
     ],

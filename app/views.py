@@ -87,7 +87,7 @@ def thumbnail(
 ) -> dict[str, Any]:
     """Pack one head's small map and its sparsity at every position of the slider."""
     gap, _ = pool(scan.gap[index], THUMBNAIL_SIDE)
-    sparsity = curve.at(_steps(setting)).sparsity
+    sparsity = curve.at(steps_of(setting)).sparsity
     return _map(scan, gap) | {
         "head": head,
         "label": name,
@@ -100,11 +100,11 @@ def panel(what_if: WhatIf, setting: Setting, head_sizes: tuple[int, int]) -> dic
     scan, forced = what_if.scan, what_if.forced
     gap, pooled = pool(scan.gap[0], MAX_SIDE)
     grid = scan.grid
-    at = what_if.curve.at(_steps(setting))
+    at = what_if.curve.at(steps_of(setting))
     visited = int(grid.visited().sum())
     worst = [None] * len(at.sparsity) if at.worst_dropped_mass is None else at.worst_dropped_mass
     work = matrix_work_ratio(at.pair_share, *head_sizes).tolist()
-    each = zip(_steps(setting), at.sparsity, worst, work, strict=True)
+    each = zip(steps_of(setting), at.sparsity, worst, work, strict=True)
     headlines = [headline(*one, forced=len(forced)) for one in each]
     if setting.sentence:
         headlines[-1] = setting.sentence
@@ -159,18 +159,8 @@ def component_data(
     tile: tuple[int, int],
 ) -> dict[str, Any]:
     """Put together what the component is sent."""
-    steps = _steps(setting)
-    distance = [abs(math.log(max(x, 1e-7) / max(setting.threshold, 1e-7))) for x in THRESHOLDS]
-    ln = ln_threshold(steps).tolist()
     pooled = panels[0]["pooled"]
-    return {
-        "thresholds": THRESHOLDS,
-        "threshold": setting.threshold,
-        "ln": [None if value == -math.inf else value for value in ln],
-        "labels": ["off" if x == 0 else f"λ = {plain_number(x)}" for x in steps],
-        "ticks": TICKS,
-        "steps": len(THRESHOLDS),
-        "nearest": distance.index(min(distance)),
+    return slider(setting) | {
         "panels": panels,
         "heads": thumbnails if len(thumbnails) > 1 else [],
         "head": head,
@@ -180,12 +170,28 @@ def component_data(
     }
 
 
+def slider(setting: Setting) -> dict[str, Any]:
+    """Pack what the λ slider needs: an entry for every position, then one for the exact λ."""
+    steps = steps_of(setting)
+    distance = [abs(math.log(max(x, 1e-7) / max(setting.threshold, 1e-7))) for x in THRESHOLDS]
+    ln = ln_threshold(steps).tolist()
+    return {
+        "thresholds": THRESHOLDS,
+        "threshold": setting.threshold,
+        "ln": [None if value == -math.inf else value for value in ln],
+        "labels": ["off" if x == 0 else f"λ = {plain_number(x)}" for x in steps],
+        "ticks": TICKS,
+        "steps": len(THRESHOLDS),
+        "nearest": distance.index(min(distance)),
+    }
+
+
 def is_pooled(grid: Grid) -> bool:
     """Whether the map is drawn with fewer cells than tiles."""
     return max(grid.groups, grid.key_tiles) > MAX_SIDE
 
 
-def _steps(setting: Setting) -> list[float]:
+def steps_of(setting: Setting) -> list[float]:
     """Give the λ of every entry of a table: the slider's positions, then the exact λ."""
     return [*THRESHOLDS, setting.threshold]
 

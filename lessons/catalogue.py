@@ -86,7 +86,7 @@ def lessons() -> list[Lesson]:
     Examples
     --------
     >>> [lesson.number for lesson in lessons()]
-    [0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10]
+    [0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11]
     """
     found = [read_lesson(path) for path in sorted(LESSONS.glob("[0-9][0-9]_*.py"))]
     if not found:

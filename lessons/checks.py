@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 import sim
 from lessons.helpers import Stop, in_notebook
+from sim.decode import attend_decode, decode_bytes, scan_decode
 from sim.reference import attention
 
 Array = NDArray[Any]
@@ -401,6 +402,56 @@ def check_certified(fn: Callable[..., Any], strict: bool | None = None) -> bool:
             )
 
     return _judge(fn, cases(), strict)
+
+
+def check_decode(fn: Callable[..., Any], strict: bool | None = None) -> bool:
+    """Lesson 11: ``decode_step(q, k, v, …, splits, seeded) -> output, skipped, read``."""
+
+    def cases() -> Iterator[Case]:
+        vote = "tile_max − m of the head where it is largest must lie below ln λ: all must agree"
+        merge = "bring all splits to the largest m: l and acc times exp(m − top); then acc ÷ l"
+        seed = "seeded: the larger row maximum of the first tile and of the newest, for each head"
+        bytes_ = "2 bytes a number: K of all tiles, V of those not skipped; the last may be short"
+        for seed_, (n, keys, heads, lam, splits, seeded) in enumerate(
+            [
+                (64, 8, 1, 0.0, 1, True),
+                (64, 8, 3, 0.5, 1, False),
+                (53, 8, 3, 0.5, 3, False),
+                (64, 8, 3, 0.5, 4, True),
+                (90, 16, 2, 0.9, 6, True),
+                (21, 8, 4, 0.7, 5, True),  # more splits than tiles
+                (21, 8, 4, 0.7, 5, False),
+            ]
+        ):
+            q, k, v = _uneven_head(seed_, n, keys)
+            q = q[-heads:]
+            arrays = q[None], k[None], v[None]
+            tiles = scan_decode(
+                q[None], k[None], [n], keys=keys, splits=splits, seeded=seeded, softmax_scale=0.25
+            ).decide(lam)
+            moved = decode_bytes(tiles, k.shape[1], v.shape[1])
+            output = attend_decode(*arrays, tiles, softmax_scale=0.25).output[0]
+            with np.errstate(divide="ignore"):
+                ln_lam = np.log(lam)
+            yield Case(
+                f"{n} tokens, tiles of {keys}, {heads} heads, λ = {lam}, {splits} "
+                f"{'seeded' if seeded else 'plain'} split{'s' * (splits > 1)}, seed {seed_}",
+                (q, k, v, 0.25, keys, ln_lam, splits, seeded),
+                [
+                    Wanted("skipped", tiles.skipped[0, 0], 0, seed if seeded else vote),
+                    Wanted("output", output, 1e-9, merge),
+                    Wanted("read", np.array(moved.k + moved.v), 0, bytes_),
+                ],
+            )
+
+    def in_order(*arguments: Any) -> Any:
+        results = fn(*arguments)
+        if not isinstance(results, tuple) or len(results) != 3:
+            return results
+        output, skipped, read = results
+        return skipped, output, read
+
+    return _judge(fn, cases(), strict, in_order)
 
 
 def _judge(

@@ -120,9 +120,16 @@ def show(image: Image, name: str) -> None:
         display(image)
 
 
-def app_link(**parameters: str | float) -> None:
-    """Print a link that opens the app with these settings; ``skip-softmax app`` starts it."""
-    print(f"In the app (skip-softmax app): {APP}/?{urlencode(parameters)}")
+def app_link(page: str = "", **parameters: str | float) -> None:
+    """Print a link that opens the app with these settings; ``skip-softmax app`` starts it.
+
+    Parameters
+    ----------
+    page : str
+        As in the URL; by default the first, the tile map.
+    **parameters : str or number
+    """
+    print(f"In the app (skip-softmax app): {APP}/{page}?{urlencode(parameters)}")
 
 
 _PROGRAM = """\

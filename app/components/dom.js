@@ -11,6 +11,16 @@ function setText(node, text) {
   if (node.textContent !== text) node.textContent = text;
 }
 
+/** "a **b** c" → text with <strong>; only ever our own sentences, and as text nodes. */
+function setSentence(node, sentence) {
+  node.replaceChildren(...sentence.split("**").map((part, n) => {
+    if (n % 2 === 0) return document.createTextNode(part);
+    const strong = document.createElement("strong");
+    strong.textContent = part;
+    return strong;
+  }));
+}
+
 /** Relative luminance of a CSS colour, 0 … 1. */
 function luminance(colour) {
   const context = document.createElement("canvas").getContext("2d");

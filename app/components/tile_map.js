@@ -1,72 +1,43 @@
 // The tile map: λ slider, headlines, thumbnails and maps that follow it with no server in between.
 //
-// Python sends, for every position of the slider, ln λ, the headline and the counts; position
-// `data.steps` (the last entry) is the exact λ that Python holds.  What the user does goes back as
-// triggers: "threshold" (on release), "head", "cell".
+// Python sends, for every position of the slider, ln λ, the headline and the counts.  What the user
+// does goes back as triggers: "threshold" (on release), "head", "cell".
 
 const KEY_STEP = { ArrowUp: [-1, 0], ArrowDown: [1, 0], ArrowLeft: [0, -1], ArrowRight: [0, 1],
   PageUp: [-8, 0], PageDown: [8, 0] };
 const NARROW = 480, WIDE = 700; // CSS pixels of the component
 
-/** "a **b** c" → text with <strong>; only ever our own sentences, and as text nodes. */
-function setSentence(node, sentence) {
-  node.replaceChildren(...sentence.split("**").map((part, n) => {
-    if (n % 2 === 0) return document.createTextNode(part);
-    const strong = document.createElement("strong");
-    strong.textContent = part;
-    return strong;
-  }));
-}
-
 class TileMapView {
   constructor(root) {
     this.root = root;
-    for (const name of ["headlines", "heads", "panels", "reading", "scale", "tooltip"]) {
+    for (const name of ["headlines", "heads", "panels", "reading", "tooltip"]) {
       this[name] = root.querySelector(`.${name}`);
     }
-    this.slider = root.querySelector("input");
-    this.output = root.querySelector("output");
+    this.slider = new ThresholdSlider(root, () => this.paint());
     this.cursor = null;
-    this.moved = false; // λ is where the user has put it, and has not been sent
-    this.pending = null; // λ that was sent and has not come back
     this.observer = new ResizeObserver(() => this.resize());
     this.observer.observe(root);
-    this.slider.oninput = () => this.slide();
-    this.slider.onchange = () => this.commitSoon();
-    this.slider.onpointerup = this.slider.onblur = () => { if (this.moved) this.commitSoon(); };
   }
 
   destroy() {
     this.observer.disconnect();
-    for (const timer of [this.timer, this.giveUp, this.readingTimer]) clearTimeout(timer);
+    this.slider.destroy();
+    clearTimeout(this.readingTimer);
   }
 
   update(data, trigger) {
     this.trigger = trigger;
     this.data = data;
-    if (this.pending !== null && same(this.pending, data.threshold)) this.pending = null;
-    if (!this.moved && this.pending === null) this.adopt();
+    this.slider.update(data, trigger);
     this.selected = data.selected;
     this.dark = isDark(this.root);
     this.root.classList.toggle("dark", this.dark);
     this.root.classList.toggle("two", data.panels.length > 1);
-    this.buildScale();
     this.buildHeads();
     this.buildPanels();
     const { groups, key_tiles: keyTiles } = this.views[0].tiles;
     if (this.cursor && (this.cursor.i >= groups || this.cursor.j >= keyTiles)) this.leave();
     this.resize();
-  }
-
-  buildScale() {
-    const last = this.data.steps - 1;
-    this.scale.replaceChildren(...this.data.ticks.map(([position, text]) => {
-      const tick = make("span");
-      const share = position / last; // a thumb of 24 px travels its own width less than the track
-      tick.style.left = `calc(${12 - 24 * share}px + ${100 * share}%)`;
-      tick.textContent = text;
-      return tick;
-    }));
   }
 
   buildHeads() {
@@ -188,42 +159,9 @@ class TileMapView {
     ticks(left, tiles.queries_total, size.cssHeight, "top", "row 0");
   }
 
-  /** λ moved under the user's hand: everything follows, nothing is sent. */
-  slide() {
-    this.step = Number(this.slider.value);
-    this.moved = true;
-    clearTimeout(this.timer);
-    if (!this.frame) {
-      this.frame = requestAnimationFrame(() => { this.frame = null; this.paint(); });
-    }
-  }
-
-  commitSoon() {
-    clearTimeout(this.timer);
-    this.timer = setTimeout(() => {
-      const threshold = this.data.thresholds[this.step];
-      this.moved = false;
-      if (same(threshold, this.data.threshold)) return; // dragged back to where it was
-      this.pending = threshold;
-      this.trigger("threshold", threshold);
-      clearTimeout(this.giveUp);
-      this.giveUp = setTimeout(() => { this.pending = null; this.adopt(); this.paint(); }, 10_000);
-    }, 250); // so that a held arrow key is one commit
-  }
-
-  /** Take λ from Python. */
-  adopt() {
-    clearTimeout(this.giveUp);
-    this.step = this.data.steps;
-    this.slider.max = this.data.steps - 1;
-    this.slider.value = this.data.nearest;
-  }
-
   paint() {
-    const { data, step } = this;
-    const ln = data.ln[step];
-    this.output.textContent = data.labels[step];
-    this.slider.setAttribute("aria-valuetext", data.labels[step]);
+    const { step, ln } = this.slider;
+    this.slider.paint();
     const ink = getComputedStyle(this.root).color;
     for (const view of this.views) {
       const { tiles, size } = view;
@@ -309,7 +247,7 @@ class TileMapView {
   /** Fill the tooltip and the line that screen readers hear. */
   describe(n) {
     const view = this.views[n], { tiles } = view, { i, j } = this.cursor;
-    const index = i * tiles.key_tiles + j, ln = this.data.ln[this.step];
+    const index = i * tiles.key_tiles + j, ln = this.slider.ln;
     const state = STATE[stateOf(tiles, index, ln)];
     const [rows, keys] = tiles.tokens_per_cell, first = this.data.first_query;
     const queries = [i * rows, Math.min((i + 1) * rows, tiles.queries_total)];
@@ -360,11 +298,6 @@ class TileMapView {
     box.style.left = `${right + width < innerWidth ? right : Math.max(8, left - width - 12)}px`;
     box.style.top = `${Math.max(8, top - height - 4)}px`;
   }
-}
-
-/** Whether two λ are the same but for rounding: a scale factor is kept with four digits. */
-function same(a, b) {
-  return Math.abs(a - b) <= 2e-3 * a;
 }
 
 function niceStep(least) {

@@ -34,7 +34,7 @@ _mount = st.components.v2.component(
     "skip_softmax_tile_map",
     html=_HTML,
     css=read("tile_map.css"),
-    js=read("dom.js", "tiles.js", "paint.js", "tile_map.js"),
+    js=read("dom.js", "tiles.js", "paint.js", "slider.js", "tile_map.js"),
 )
 
 

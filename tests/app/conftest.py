@@ -10,6 +10,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from streamlit.proto.BackMsg_pb2 import BackMsg
+from streamlit.proto.ForwardMsg_pb2 import ForwardMsg
 
 FLAGS = [
     "--no-sandbox",  # tests run as root on bare machines
@@ -21,6 +23,7 @@ FLAGS = [
     "--disable-sync",
 ]
 TILE_MAP = ".tile-map .headline strong"
+DONE = '[data-testid="stApp"][data-test-script-state="notRunning"]'
 
 
 @pytest.fixture(scope="module")
@@ -62,9 +65,64 @@ def browser(chromium: str):
         browser.close()
 
 
+class Waiting:
+    """Whether a page waits for a run of the script, told by what page and server send each other.
+
+    A page asks for a run; the server says that one begins, and that it has ended or was given up
+    for another one.  The time that this takes is the machine's, so no test waits for a time.
+    """
+
+    def __init__(self, page) -> None:
+        self.page, self.asked, self.begun = page, True, False
+        page.on("websocket", self._listen)
+
+    def _listen(self, socket) -> None:
+        socket.on("framesent", self._sent)
+        socket.on("framereceived", self._received)
+
+    def _sent(self, frame) -> None:
+        self.page.sent.append(frame)
+        if isinstance(frame, bytes) and BackMsg.FromString(frame).HasField("rerun_script"):
+            self.asked, self.begun = True, False
+
+    def _received(self, frame) -> None:
+        message = ForwardMsg.FromString(frame)
+        if message.HasField("new_session"):
+            self.begun = self.asked
+        elif message.HasField("script_finished") and self.begun:
+            self.begun = False
+            self.asked = message.script_finished == ForwardMsg.FINISHED_EARLY_FOR_RERUN
+
+    def timers(self, milliseconds: int) -> None:
+        """Wait until the page's own timers that were due within this time have fired."""
+        self.page.evaluate("(ms) => new Promise((done) => setTimeout(done, ms))", milliseconds)
+
+    def drawn(self) -> None:
+        """Wait until the browser has drawn what its own events changed."""
+        self.page.evaluate(
+            "new Promise((done) => requestAnimationFrame(() => requestAnimationFrame(done)))"
+        )
+
+    def settle(self) -> None:
+        """Wait until what was done has been sent, its run has ended, and the answer is drawn."""
+        waited = True
+        while waited:
+            self.timers(300)  # the map's slider waits a quarter of a second before it sends
+            waited = self.asked
+            end = time.monotonic() + 60
+            while self.asked:
+                assert time.monotonic() < end, "a run of the script has not ended within a minute"
+                self.page.wait_for_timeout(20)
+            self.page.wait_for_selector(DONE)
+        self.drawn()
+
+
 @pytest.fixture
 def open_page(browser, server):
-    """Open the app; afterwards no script error and no request to another machine was seen."""
+    """Open the app; afterwards no script error and no request to another machine was seen.
+
+    A page has :meth:`Waiting.settle`, ``drawn`` and ``timers``, and ``sent``, what it sent.
+    """
     contexts, faults = [], []
 
     def open_(query: str = "", *, width=1400, height=1000, ready=TILE_MAP, **context):
@@ -81,7 +139,8 @@ def open_page(browser, server):
             ),
         )
         page.sent = []
-        page.on("websocket", lambda ws: ws.on("framesent", lambda frame: page.sent.append(frame)))
+        waiting = Waiting(page)
+        page.settle, page.drawn, page.timers = waiting.settle, waiting.drawn, waiting.timers
         page.goto(f"{server}/{query}")
         page.wait_for_selector(ready)
         return page

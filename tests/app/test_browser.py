@@ -3,6 +3,8 @@
 import json
 import os
 import re
+import subprocess
+import sys
 import time
 
 import numpy as np
@@ -21,20 +23,8 @@ MARKUP = (
 )
 
 
-def settle(page) -> None:
-    """Wait until the script has run and the map has the answer."""
-    page.wait_for_timeout(400)  # the slider waits a quarter of a second before it sends
-    page.wait_for_selector('[data-testid="stApp"][data-test-script-state="notRunning"]')
-    page.wait_for_timeout(100)
-
-
-def drawn(page) -> None:
-    """Wait until the browser has drawn what its own events changed."""
-    page.evaluate("new Promise((done) => requestAnimationFrame(() => requestAnimationFrame(done)))")
-
-
 def headline(page) -> str:
-    drawn(page)
+    page.drawn()
     return page.locator(".headline").first.inner_text()
 
 
@@ -68,16 +58,31 @@ def scanned():
     return scan(trace.q[:1], trace.k, softmax_scale=trace.softmax_scale)
 
 
+BUSY = """
+import time
+start = time.perf_counter()
+while time.process_time() < 0.2: pass
+print((time.perf_counter() - start) / 0.2)
+"""
+
+
+def slowness() -> float:
+    """How many times longer than alone a process takes now, with one started on every core."""
+    command = [sys.executable, "-S", "-c", BUSY]
+    cores = [subprocess.Popen(command, stdout=subprocess.PIPE) for _ in range(os.cpu_count() or 1)]
+    return max(1.0, *(float(core.communicate()[0]) for core in cores))
+
+
 def test_first_paint_within_three_seconds_of_the_page_load(open_page) -> None:
-    open_page()  # the server has imported what it needs
-    took: list[float] = []
-    while not took or (min(took) > 3 and len(took) < 8):  # others may be using the machine
-        start = time.perf_counter()
+    open_page().settle()  # the server has imported what it needs
+    took: list[float] = []  # seconds, ÷ what others' use of the machine makes of one
+    while not took or (min(took) > 3 and len(took) < 8):
+        before, start = slowness(), time.perf_counter()
         page = open_page()
-        took.append(time.perf_counter() - start)
+        wall = time.perf_counter() - start
+        took.append(2 * wall / (before + slowness()))
         assert "of tiles skipped" in headline(page)
-    waiting = os.getloadavg()[0] / (os.cpu_count() or 1) if hasattr(os, "getloadavg") else 1
-    assert min(took) < 3 * max(1, waiting), f"{took} s, with {waiting:.1f} processes a core"
+    assert min(took) < 3, took
 
 
 @pytest.mark.parametrize("theme", ["light", "dark"])
@@ -92,7 +97,7 @@ def test_map_shows_the_states_that_the_simulator_decides(open_page, scanned, the
 
 def test_slider_by_keyboard_answers_in_the_browser_and_is_sent_once(open_page, scanned) -> None:
     page = open_page()
-    settle(page)
+    page.settle()
     page.locator(".tile-map input").focus()
     page.sent.clear()
     before = headline(page)
@@ -103,7 +108,7 @@ def test_slider_by_keyboard_answers_in_the_browser_and_is_sent_once(open_page, s
     for _ in range(7):
         page.keyboard.press("ArrowRight")
     assert not page.sent
-    settle(page)
+    page.settle()
     assert len(page.sent) == 1
     assert "threshold=0.0251" in page.url
     skipped = f"{100 * scanned.decide(0.0251).sparsity[0]:.0f}"
@@ -113,7 +118,7 @@ def test_slider_by_keyboard_answers_in_the_browser_and_is_sent_once(open_page, s
 
 def test_slider_by_pointer_answers_while_it_is_dragged(open_page) -> None:
     page = open_page()
-    settle(page)
+    page.settle()
     box = page.locator(".tile-map input").bounding_box()
     y = box["y"] + box["height"] / 2
     page.mouse.move(box["x"] + box["width"] * 0.66, y)
@@ -127,14 +132,14 @@ def test_slider_by_pointer_answers_while_it_is_dragged(open_page) -> None:
     assert len(seen) == 5
     page.mouse.move(box["x"] + 2, y)
     page.mouse.up()
-    settle(page)
+    page.settle()
     assert "threshold=0" in page.url
     assert "dense attention" in headline(page)
 
 
 def test_slider_dragged_back_to_its_place_follows_again(open_page) -> None:
     page = open_page()
-    settle(page)
+    page.settle()
     before = headline(page)
     box = page.locator(".tile-map input").bounding_box()
     thumb = box["x"] + 12 + (box["width"] - 24) * 81 / 121
@@ -145,11 +150,11 @@ def test_slider_dragged_back_to_its_place_follows_again(open_page) -> None:
     assert headline(page) != before
     page.mouse.move(thumb, y)
     page.mouse.up()
-    settle(page)
+    page.settle()
     assert headline(page) == before
     page.get_by_role("spinbutton", name="Threshold λ").fill("0.5")
     page.keyboard.press("Enter")
-    settle(page)
+    page.settle()
     assert "λ = 0.5" in headline(page)
 
 
@@ -157,7 +162,7 @@ def test_exact_threshold_by_number(open_page) -> None:
     page = open_page()
     page.get_by_role("spinbutton", name="Threshold λ").fill("0.0333")
     page.keyboard.press("Enter")
-    settle(page)
+    page.settle()
     assert "λ = 0.0333" in headline(page)
     assert page.locator(".tile-map output").inner_text() == "λ = 0.0333"
 
@@ -175,7 +180,7 @@ def test_tile_by_pointer(open_page, scanned) -> None:
     tokens = read_trace(next(iter(bundled().values()))).tokens
     assert "".join(tokens[640:650]).split()[1] in tooltip
     page.mouse.click(*at)
-    settle(page)
+    page.settle()
     assert "group=33" in page.url
     assert "key_tile=5" in page.url
     assert page.get_by_role("spinbutton", name="Query group").input_value() == "33"
@@ -190,14 +195,14 @@ def test_tile_by_keyboard(open_page) -> None:
         page.keyboard.press(key)
     reading = page.locator(".reading")
     assert reading.get_attribute("aria-live") == "polite"
-    page.wait_for_timeout(300)
+    page.timers(300)
     assert reading.inner_text().startswith("Tile (31, 5): ")
     page.keyboard.press("End")
-    page.wait_for_timeout(300)
+    page.timers(300)
     assert reading.inner_text() == "Tile (31, 15): computed; first visited, never skipped."
     page.keyboard.press("Home")
     page.keyboard.press("Enter")
-    settle(page)
+    page.settle()
     assert "group=31" in page.url
     assert page.get_by_role("spinbutton", name="Key tile").input_value() == "0"
     page.keyboard.press("Escape")
@@ -208,45 +213,70 @@ def test_head_by_thumbnail_and_the_way_back(open_page) -> None:
     page = open_page()
     first = headline(page)
     page.get_by_role("group", name="Heads").get_by_role("button").nth(2).click()
-    settle(page)
+    page.settle()
     assert "head=2" in page.url
     assert headline(page) != first
     pressed = page.locator(".head[aria-pressed=true]")
     assert pressed.count() == 1
     page.get_by_role("group", name="Heads").get_by_role("button").nth(0).click()
-    settle(page)
+    page.settle()
     assert headline(page) == first
 
 
 def test_url_reproduces_what_was_set_by_hand(open_page) -> None:
     page = open_page()
     page.get_by_text("Compare visit orders").click()
-    settle(page)
+    page.settle()
     page.get_by_role("radio", name="scale factor").or_(
         page.get_by_role("button", name="scale factor")
     ).first.click()
-    page.wait_for_url(re.compile("hold="))
-    settle(page)
+    page.wait_for_url(re.compile("factor=40.96"))
+    page.settle()
     page.get_by_role("slider", name="Context length, tokens").focus()
     for _ in range(3):
         page.keyboard.press("ArrowLeft")
     page.wait_for_url(re.compile("length=2560"))
-    settle(page)
+    page.settle()
     shown = page.locator(".headline").all_inner_texts()
     assert len(shown) == 2
+    assert all("λ = 0.016: " in one for one in shown)
     again = open_page("?" + page.url.split("?")[1])
-    settle(again)
+    again.settle()
     assert again.locator(".headline").all_inner_texts() == shown
-    assert "length=2560" in page.url
+
+
+def test_fixed_scale_factor_stays_when_lengths_follow_each_other_quickly(open_page) -> None:
+    page = open_page("?hold=scale+factor&factor=40.96")
+    page.get_by_role("slider", name="Context length, tokens").focus()
+    for key in ("ArrowLeft", "ArrowLeft", "ArrowRight", "ArrowLeft"):
+        asked = len(page.sent)
+        page.keyboard.press(key)
+        while len(page.sent) == asked:  # each is a run of its own: the slider waits before it sends
+            page.wait_for_timeout(5)
+    page.settle()
+    assert "factor=40.96" in page.url
+    assert "length=3072" in page.url
+    assert "λ = 0.0133: " in headline(page)
+    page.get_by_role("spinbutton", name="Threshold λ").fill("0.02")
+    page.keyboard.press("Enter")
+    page.settle()
+    assert "factor=61.44" in page.url
+    assert page.get_by_role("spinbutton", name="Threshold λ").evaluate(
+        "node => node === document.activeElement"
+    )
+    page.get_by_role("radio", name="λ").or_(page.get_by_role("button", name="λ")).first.click()
+    page.settle()
+    assert "threshold=0.02" in page.url
+    assert "factor" not in page.url
 
 
 def test_compared_maps_share_slider_and_cursor(open_page) -> None:
     page = open_page("?compare=true")
-    settle(page)
+    page.settle()
     before = page.locator(".headline").all_inner_texts()
     page.locator(".tile-map input").focus()
     page.keyboard.press("ArrowLeft")
-    drawn(page)
+    page.drawn()
     after = page.locator(".headline").all_inner_texts()
     assert all(a != b for a, b in zip(before, after, strict=True))
     left, right = (page.locator(".map").nth(n).bounding_box() for n in (0, 1))
@@ -257,7 +287,7 @@ def test_compared_maps_share_slider_and_cursor(open_page) -> None:
 @pytest.mark.parametrize("width", [400, 640])  # 640: a window of 1280 at 200 %
 def test_narrow_and_zoomed_pages_do_not_scroll_sideways(open_page, width) -> None:
     page = open_page(width=width, height=600, device_scale_factor=2)
-    settle(page)
+    page.settle()
     assert page.evaluate("document.documentElement.scrollWidth") <= width
     main = page.locator('[data-testid="stMain"]')
     assert main.evaluate("node => node.scrollWidth - node.clientWidth") <= 0
@@ -294,10 +324,10 @@ def test_axe_finds_nothing_serious(open_page, query, width, theme) -> None:
     from axe_playwright_python.sync_playwright import Axe
 
     page = open_page(query, width=width, height=6000, color_scheme=theme)
-    settle(page)
+    page.settle()
     for label in ("What am I looking at?", "Where this trace comes from"):
         page.get_by_text(label).click()
-    settle(page)
+    page.settle()
     found = Axe().run(page).response["violations"]
     serious = [one for one in found if one["impact"] in ("serious", "critical")]
     assert not serious, json.dumps(
@@ -315,11 +345,11 @@ def test_text_of_an_uploaded_trace_is_only_text(open_page, tmp_path) -> None:
     page = open_page()
     page.locator("input[type=file]").set_input_files(path)
     page.wait_for_url(re.compile("source=upload"))
-    settle(page)
+    page.settle()
     for expander in page.locator('[data-testid="stMain"] details summary').all():
         expander.click()
     page.locator(".map").hover()
-    settle(page)
+    page.settle()
     assert page.locator(".tooltip").inner_text().count("<img src=x onerror") > 3
     assert page.get_by_text("<b>x</b>: <img src=x").count() == 1
     assert page.locator("img[src=x], a[href*='x.invalid'], script:text('alert(2)')").count() == 0
@@ -334,5 +364,5 @@ def test_upload_that_is_no_trace_leaves_the_map(open_page, tmp_path) -> None:
     before = headline(page)
     page.locator("input[type=file]").set_input_files(path)
     page.get_by_text("This file was not opened").wait_for()
-    settle(page)
+    page.settle()
     assert headline(page) == before

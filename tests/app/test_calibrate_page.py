@@ -268,19 +268,12 @@ def test_phases_that_were_calibrated_alone_are_one_calibration(maps) -> None:
 # ---- In Chromium ---------------------------------------------------------------------------------
 
 CHART = '[data-testid="stVegaLiteChart"] :is(svg, canvas)'
-DONE = '[data-testid="stApp"][data-test-script-state="notRunning"]'
-
-
-def settle(page) -> None:
-    page.wait_for_timeout(300)
-    page.wait_for_selector(DONE)
-    page.wait_for_timeout(200)
 
 
 @pytest.mark.browser
 def test_what_is_chosen_stands_in_the_url_and_an_upload_is_opened(open_page, tmp_path, small):
     page = open_page("calibrate", ready=CHART)
-    settle(page)
+    page.settle()
     page.get_by_role("slider", name="Target sparsity in prefill").focus()
     page.keyboard.press("ArrowRight")
     page.wait_for_url(re.compile("prefill_target=51"))
@@ -301,10 +294,10 @@ def test_axe_finds_nothing_serious_and_nothing_scrolls_sideways(open_page, width
 
     query = "calibrate?for_kernel=nvidia&misses=true"
     page = open_page(query, ready=CHART, width=width, height=5000, color_scheme=theme)
-    settle(page)
+    page.settle()
     for label in ("What am I looking at?", "Where these gap maps come from"):
         page.get_by_text(label).click()
-    settle(page)
+    page.settle()
     assert page.evaluate("document.documentElement.scrollWidth") <= width
     main = page.locator('[data-testid="stMain"]')
     assert main.evaluate("node => node.scrollWidth - node.clientWidth") <= 0

@@ -15,12 +15,6 @@ pytestmark = pytest.mark.browser
 OPEN = "votes=true&steps=true&saves=true&kernel=true&ledger=true&files=true"
 
 
-def settle(page) -> None:
-    page.wait_for_timeout(400)
-    page.wait_for_selector('[data-testid="stApp"][data-test-script-state="notRunning"]')
-    page.wait_for_timeout(150)
-
-
 @pytest.fixture(scope="module")
 def head():
     trace = read_trace(next(iter(bundled().values())))
@@ -30,7 +24,7 @@ def head():
 def stepper(open_page, **context):
     page = open_page("?steps=true&group=40&row=2600", **context)
     page.wait_for_selector(".stepper .line.lit")
-    settle(page)
+    page.settle()
     return page
 
 
@@ -100,20 +94,20 @@ def test_it_plays_pauses_and_stays_with_the_page(open_page) -> None:
     play, scrub = page.locator(".play"), page.locator(".scrub")
     play.click()
     assert play.inner_text() == "Pause"
-    page.wait_for_timeout(900)
+    while int(scrub.input_value()) < 4:
+        page.wait_for_timeout(50)
     play.click()
     at = int(scrub.input_value())
-    assert at >= 4
-    page.wait_for_timeout(400)
+    page.timers(400)
     assert int(scrub.input_value()) == at
     assert play.inner_text() == "Play"
     page.get_by_role("spinbutton", name="Query row").fill("2610")
     page.keyboard.press("Enter")
-    settle(page)
+    page.settle()
     assert int(scrub.input_value()) == at
     page.get_by_role("spinbutton", name="Query group").fill("41")
     page.keyboard.press("Enter")
-    settle(page)
+    page.settle()
     assert int(scrub.input_value()) == 0
 
 
@@ -124,40 +118,40 @@ def test_reduced_motion_starts_at_half_speed(open_page) -> None:
 
 def test_forcing_a_clicked_tile_moves_map_and_numbers_and_url(open_page, head) -> None:
     page = open_page()
-    settle(page)
+    page.settle()
     box = page.locator(".map").bounding_box()
     page.mouse.click(box["x"] + 0.5 / 32 * box["width"], box["y"] + 60.5 / 64 * box["height"])
-    settle(page)
+    page.settle()
     page.get_by_role("button", name="Skip it").click()
-    settle(page)
+    page.settle()
     assert "forced=skip+60%2C0" in page.url
     tiles = rules.decide(head, rules.Maximum(0.01), forced={(0, 60, 0): True})
     counts = page.locator(".legend").inner_text()
     assert f"skipped {tiles.skipped.sum()}" in counts
     assert "1 tile forced" in page.locator(".headline").inner_text()
     shared = open_page("?" + page.url.split("?")[1])
-    settle(shared)
+    shared.settle()
     assert shared.locator(".headline").inner_text() == page.locator(".headline").inner_text()
     shared.locator(".map").focus()
     shared.keyboard.press("ArrowRight")
     shared.keyboard.press("ArrowLeft")
-    shared.wait_for_timeout(300)
+    shared.timers(300)
     assert shared.locator(".reading").inner_text() == "Tile (60, 0): skipped; forced by hand."
     page.get_by_role("button", name="Undo all").click()
-    settle(page)
+    page.settle()
     assert "forced" not in page.url
     assert "forced" not in page.locator(".headline").inner_text()
     page.get_by_role("button", name="Keep it").click()
-    settle(page)
+    page.settle()
     assert "forced=keep+60%2C0" in page.url
 
 
 def test_slider_off_keeps_what_is_skipped_by_hand(open_page) -> None:
     page = open_page("?forced=skip+60,0")
-    settle(page)
+    page.settle()
     page.locator(".tile-map input").focus()
     page.keyboard.press("Home")
-    page.wait_for_timeout(100)
+    page.drawn()
     assert "λ off, 1 tile forced" in page.locator(".headline").inner_text()
     assert "skipped 1\n" in page.locator(".legend").inner_text()
     assert percent(1 / 1056) in page.locator(".headline").inner_text()
@@ -179,7 +173,7 @@ def test_files_come_down(open_page, tmp_path) -> None:
 
 def test_narrow_page_with_all_open_does_not_scroll_sideways(open_page) -> None:
     page = open_page(f"?{OPEN}&forced=skip+60,0", width=400, height=800)
-    settle(page)
+    page.settle()
     main = page.locator('[data-testid="stMain"]')
     assert main.evaluate("node => node.scrollWidth - node.clientWidth") <= 0
     assert page.locator(".stepper").bounding_box()["width"] > 250
@@ -191,7 +185,7 @@ def test_axe_finds_nothing_serious_on_the_rules(open_page, theme) -> None:
 
     ready = '[data-testid="stVegaLiteChart"] :is(canvas, svg)'
     page = open_page("rules?source=workload:+sink", ready=ready, height=2000, color_scheme=theme)
-    settle(page)
+    page.settle()
     found = Axe().run(page).response["violations"]
     serious = [one for one in found if one["impact"] in ("serious", "critical")]
     assert not serious, json.dumps(

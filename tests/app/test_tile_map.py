@@ -36,6 +36,11 @@ def map_data(page: AppTest) -> dict:
     return json.loads(page.get("bidi_component")[0].proto.json)
 
 
+def number(page: AppTest, label: str):
+    (found,) = (one for one in page.number_input if one.label == label)
+    return found
+
+
 def headlines(page: AppTest) -> list[str]:
     return [panel["headline"][-1] for panel in map_data(page)["panels"]]
 
@@ -152,17 +157,17 @@ def test_length_crops_to_what_a_scan_of_fewer_tokens_gives(trace) -> None:
 def test_scale_factor_stays_fixed_when_the_length_changes(trace) -> None:
     page = open_page()
     page.get_by_key("hold").set_value("scale factor").run()
-    assert page.number_input(key="factor").value == pytest.approx(40.96)
+    assert number(page, "Scale factor").value == pytest.approx(40.96)
     page.select_slider(key="length").set_value(512).run()
     assert not page.exception
     assert headlines(page)[0].startswith("**λ = 0.08**")
-    assert page.number_input(key="threshold").value == pytest.approx(0.08)
-    page.number_input(key="threshold").set_value(0.1).run()
-    assert page.number_input(key="factor").value == pytest.approx(51.2)
+    assert number(page, "Threshold λ").value == pytest.approx(0.08)
+    number(page, "Threshold λ").set_value(0.1).run()
+    assert number(page, "Scale factor").value == pytest.approx(51.2)
     page.get_by_key("hold").set_value("λ").run()
     page.select_slider(key="length").set_value(4096).run()
-    assert page.number_input(key="threshold").value == pytest.approx(0.1)
-    assert page.number_input(key="factor").value == pytest.approx(409.6)
+    assert number(page, "Threshold λ").value == pytest.approx(0.1)
+    assert number(page, "Scale factor").value == pytest.approx(409.6)
 
 
 def test_request_shorter_than_its_factor_is_dense_and_says_why() -> None:

@@ -30,7 +30,7 @@ def text(path: Path) -> str:
 
 
 def test_there_are_lessons_and_solutions_one_for_one():
-    assert [lesson.number for lesson in LESSONS] == list(range(11))
+    assert [lesson.number for lesson in LESSONS] == list(range(12))
     assert [lesson.path.name[:2] for lesson in LESSONS] == [f"{one.number:02}" for one in LESSONS]
     solutions = sorted((catalogue.LESSONS / "solutions").glob("*.py"))
     assert solutions == [lesson.solution for lesson in LESSONS]
@@ -192,6 +192,22 @@ WRONG = [
         "u.sum(axis=0) / l",
         "l \\+ u",
     ),
+    (
+        "11_why_decode_is_different",
+        "np.maximum(tile_max[0], tile_max[-1])",
+        "tile_max[0]",
+        "larger row maximum",
+    ),
+    ("11_why_decode_is_different", "- m).max() < ln_lam", "- m).min() < ln_lam", "all must agree"),
+    ("11_why_decode_is_different", "l * np.exp(m - top) for", "l for", "the largest m"),
+    ("11_why_decode_is_different", "sizes[~skipped]", "sizes[skipped]", "V of those not skipped"),
+    ("11_why_decode_is_different", "sizes.sum() + 2", "sizes[~skipped].sum() + 2", "K of all"),
+    (
+        "11_why_decode_is_different",
+        "sizes[~skipped].sum()",
+        "keys * (~skipped).sum()",
+        "may be short",
+    ),
 ]
 
 
@@ -215,13 +231,19 @@ def test_link_opens_the_app_with_these_settings(lesson, program, root):
     from streamlit.testing.v1 import AppTest
 
     link = re.search(r"http://\S+", program(lesson.solution).stdout)[0]
-    parameters = parse_qsl(urlsplit(link).query, strict_parsing=True)
+    parts = urlsplit(link)
+    parameters = parse_qsl(parts.query, strict_parsing=True)
     app = AppTest.from_file(root / "app" / "streamlit_app.py", default_timeout=60)
+    page = parts.path.strip("/")
+    if page:
+        app.run()
     for name, value in parameters:
         app.query_params[name] = value
+    if page:
+        app.switch_page(f"app_pages/{page}.py")
     app.run()
     assert not app.exception
-    assert {name for name, _ in parameters} >= {"source", "head"}
+    assert {name for name, _ in parameters} >= {"source", "kv_head" if page else "head"}
     for name, value in parameters:
         got = app.session_state[name]
         assert got == (value if isinstance(got, str) else json.loads(value)), name
