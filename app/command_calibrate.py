@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from app.calibrate_tables import explained, table
+from app.options import KERNELS
 
 if TYPE_CHECKING:
     from sim.calibration import Calibration, PhaseCalibration
@@ -21,7 +22,6 @@ if TYPE_CHECKING:
 Source = str | os.PathLike[str] | bytes
 
 PHASES = ("prefill", "decode")
-KERNELS = ("ours", "nvidia", "model-optimizer")
 ENGINES = ("tensorrt-llm", "tensorrt-llm-checkpoint", "flashinfer", "vllm", "sglang")
 
 
@@ -42,7 +42,8 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         "--kernel",
         choices=KERNELS,
         default="ours",
-        help="whose decision grid, visit order and vote; default: ours",
+        help="whose decision grid, visit order and vote; default: ours. Of NVIDIA's on Hopper, "
+        "nvidia-256 is for head_dim 32 to 64, and FP8 to 128; nvidia for larger ones",
     )
     parser.add_argument(
         "--space",
@@ -242,7 +243,7 @@ def calibrate_files(
     """
     from sim.calibration import calibrate, miss_table
     from sim.calibration_file import write_calibration
-    from sim.engines import check_engine, export
+    from sim.engines import check_engine, export, head_dim_of
     from sim.targets import target
 
     for engine in engines:
@@ -256,6 +257,7 @@ def calibrate_files(
     report: dict[str, Any] = {
         "maps": [os.fspath(path) for path in maps],
         "model": one.card.get("model", ""),
+        "head_dim": head_dim_of(one.card),
         "kernel": kernel,
         "space": space,
         "phases": {

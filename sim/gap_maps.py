@@ -101,7 +101,7 @@ class GapMaps:
     thresholds : tuple of float, or None
         λ where counts are exact, in ascending order.  None: every λ ≤ 1, these are full maps.
     card : dict of str to str
-        ``model``, ``license``, ``command``, ``date``, ``versions``, …
+        ``model``, ``license``, ``command``, ``date``, ``versions``, ``head_dim``, …
     arrays : mapping
         (sample name, target name) → gaps or counts, and masses; both [layers, rows, …].
     """
@@ -316,9 +316,10 @@ class GapMaps:
         if target.phase != sample.phase:
             raise ValueError(f"target is for {target.phase}, but the sample is of {sample.phase}")
         if not any(_definition(one) == _definition(target) for one in self.targets):
+            rows, keys = target.tile
             raise ValueError(
-                f"target must be one of {listed([_name(one) for one in self.targets])}, as "
-                f"these maps were made for, got {_name(target)}"
+                f"these gap maps were made for {listed([_name(one) for one in self.targets])}, "
+                f"not for {_name(target)} with its tiles of {rows} × {keys}: capture again"
             )
         if (sample.name, target.name) not in self.arrays:
             raise ValueError(f"there is no sample {sample.name!r} in these maps")
@@ -471,18 +472,34 @@ def _join(parts: Sequence[GapMaps]) -> GapMaps:
     samples = [sample for part in parts for sample in part.samples]
     if len({sample.name for sample in samples}) < len(samples):
         raise GapMapError("files must be of different samples, got one twice")
-    targets = {_name(target): target for part in parts for target in part.targets}
+    # A capture that an older version began lacks a kernel in some of its files.
+    common = {
+        (target.phase, target.name): target
+        for one in parts
+        for target in one.targets
+        if all(target in part.targets for part in parts if target.phase in _phases(part))
+    }
     return replace(
         first,
         samples=tuple(samples),
-        targets=tuple(targets.values()),
+        targets=tuple(common.values()),
         card={
             key: value
             for key, value in first.card.items()
             if all(part.card.get(key) == value for part in parts)
         },
-        arrays={name: pair for part in parts for name, pair in part.arrays.items()},
+        arrays={
+            (sample.name, name): part.arrays[sample.name, name]
+            for part in parts
+            for sample in part.samples
+            for phase, name in common
+            if phase == sample.phase
+        },
     )
+
+
+def _phases(maps: GapMaps) -> set[str]:
+    return {sample.phase for sample in maps.samples}
 
 
 def _read(file: BinaryIO) -> GapMaps:

@@ -15,7 +15,12 @@ import numpy as np
 WIDTH, HEIGHT = 800, 460
 LEFT, RIGHT, TOP, BOTTOM = 70, 230, 46, 56
 
-COLOURS = {"ours": "#0072B2", "nvidia": "#D55E00", "model-optimizer": "#009E73"}
+COLOURS = {
+    "ours": "#0072B2",
+    "nvidia": "#D55E00",
+    "nvidia-256": "#CC79A7",
+    "model-optimizer": "#009E73",
+}
 DASHES = ("", "7 4", "2 3", "9 3 2 3", "1 5")
 _LINEAR = 0.001
 _TICKS = (-0.01, -0.001, 0.0, 0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 10.0)
