@@ -335,6 +335,27 @@ def test_the_card_states_head_dim(maps):
     assert "head_dim" not in GapMaps.from_traces([made_up_trace(), wide], lengths=[130]).card
 
 
+def test_sparsity_counts_the_gaps_below(maps):
+    counted = maps.counted([0.001, 0.01, 0.1])
+    wanted = [0.1, 1e-3, 0.05, 1.0, 0.01, 0.0005, 1e-9, 0.0]  # in no order, some between, some out
+    for sample in maps.samples:
+        for target in targets_of(sample.phase):
+            tiles = tiles_of_row(target, sample)
+            for layer, row in ((7, 0), (9, 1)):
+                index, ln = maps.layers.index(layer), ln_threshold(wanted)
+                gaps = maps.gaps(target, sample, layer)[row]
+                exact = [(gaps < one).sum() / tiles for one in ln]
+                assert maps.sparsity(target, sample, wanted)[index, row].tolist() == exact
+                got = counted.sparsity(target, sample, wanted)[index, row]
+                assert [got[0], got[1], got[4]] == [exact[0], exact[1], exact[4]]
+                assert [got[3], *got[-2:]] == [exact[0], 0, 0]  # nothing is known above the last
+                spread = counted.gaps(target, sample, layer)[row]
+                for lam, share in zip(ln, got, strict=True):
+                    assert abs((spread < lam).sum() - share * tiles) < 0.51
+    with pytest.raises(ValueError, match="no sample 'elsewhere'"):
+        maps.sparsity(TARGETS["ours", "prefill"], replace(maps.samples[0], name="elsewhere"), [0.1])
+
+
 def test_a_folder_is_read_once_it_is_finished(maps, tmp_path):
     names = [f"{sample.name}.safetensors" for sample in maps.samples]
     with pytest.raises(GapMapError, match=r"is no capture: it holds no capture\.json"):
