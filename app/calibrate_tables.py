@@ -37,8 +37,8 @@ def table(report: dict[str, Any]) -> str:
             lines.append(f"  {hopper_line(report['head_dim'])}")
     for engine, text in report["exports"].items():
         lines += ["", f"── {engine} " + "─" * max(0, 60 - len(engine)), text.rstrip()]
-    if report["out"]:
-        lines += ["", f"Written to {report['out']}."]
+    if report["written"]:
+        lines += ["", f"Written to {' and '.join(report['written'])}."]
     return "\n".join(lines)
 
 

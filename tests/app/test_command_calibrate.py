@@ -178,6 +178,19 @@ def test_traces_are_scanned(capsys: pytest.CaptureFixture) -> None:
     assert got["phases"]["prefill"]["lengths"][-1] == 4096
 
 
+@pytest.mark.parametrize("suffix", [".png", ".svg"])
+def test_plot(maps: Path, tmp_path: Path, capsys: pytest.CaptureFixture, suffix: str) -> None:
+    path = tmp_path / f"calibration{suffix}"
+    assert run(maps, "--target-sparsity", "prefill=0.4", "--plot", path) == 0
+    assert f"Written to {path}." in capsys.readouterr().out
+    content = path.read_bytes()
+    if suffix == ".png":
+        assert content.startswith(b"\x89PNG")
+    else:
+        assert "1024 tokens" in content.decode()
+        assert "decode" not in content.decode()
+
+
 def test_ignore_reaches_the_checkpoint_form(maps: Path, report: Any) -> None:
     got = report(
         "--kernel", "nvidia-256", "--target-sparsity", 0.3, "--ignore", "model.layers.0.self_attn",
@@ -193,6 +206,10 @@ def test_wrong_kernel_is_refused_before_work(tmp_path: Path) -> None:
         run(absent, "--engine", "vllm")
     with pytest.raises(ValueError, match="out must lie in a folder that exists"):
         run(absent, "--out", tmp_path / "no" / "folder.json")
+    with pytest.raises(ValueError, match="plot must lie in a folder that exists"):
+        run(absent, "--plot", tmp_path / "no" / "plot.png")
+    with pytest.raises(ValueError, match=r"must end in \.svg or \.png, got '.*plot\.pdf'"):
+        run(absent, "--plot", tmp_path / "plot.pdf")
     with pytest.raises(OSError, match=r"absent\.safetensors"):
         run(absent)
 
