@@ -359,7 +359,7 @@ def calibrate(
     ----------
     maps : GapMaps
         Gap maps of texts; :func:`sim.gap_maps.read_gap_maps`.
-    kernel : {"ours", "nvidia", "model-optimizer"}
+    kernel : {"ours", "nvidia", "nvidia-256", "model-optimizer"}
         Whose decision grid, visit order and vote.
     space : {"log", "linear"}
         As in :func:`fit`.
