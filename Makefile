@@ -39,7 +39,7 @@ evaluate: $(VENV)/.installed-capture $(MODEL)
 		--target-sparsity 0.3 --out build/evaluate/calibration.json \
 		--plot build/evaluate/calibration.png
 	$(VENV)/bin/python -m app evaluate $(MODEL) --calibration build/evaluate/calibration.json \
-		--target-sparsity 0.2 0.3 0.4 --needle-lengths 1024 --out build/evaluate/results
+		--target-sparsity 0.15 0.2 0.3 --needle-lengths 1024 --out build/evaluate/results
 	$(VENV)/bin/python -m app calibrate build/evaluate/maps --kernel nvidia-256 \
 		--target-sparsity 0.3 --engine tensorrt-llm
 
