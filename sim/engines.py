@@ -176,8 +176,6 @@ def check_engine(engine: str, made: Target, head_dim: int | None = None) -> None
 def _accepted(engine: Engine, phase: str, head_dim: int | None) -> dict[str, Target]:
     """Kernels on whose decisions a calibration for this engine may be made."""
     names = ["nvidia", "nvidia-256"] if head_dim is None else list(hopper_prefill(head_dim))
-    if phase == "decode":  # XQA decides alike at every head_dim
-        names = ["nvidia"]
     if engine.published not in names and engine.published != "nvidia":
         names.append(engine.published)
     return {name: TARGETS[name, phase] for name in names}
