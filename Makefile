@@ -35,11 +35,12 @@ lint: $(VENV)/.installed-test
 evaluate: $(VENV)/.installed-capture $(MODEL)
 	$(VENV)/bin/python -m app capture $(MODEL) --out build/evaluate/maps \
 		--lengths 1024 2048 --keep counts
-	$(VENV)/bin/python -m app calibrate build/evaluate/maps --kernel nvidia \
-		--target-sparsity 0.3 --out build/evaluate/calibration.json
+	$(VENV)/bin/python -m app calibrate build/evaluate/maps --kernel nvidia-256 \
+		--target-sparsity 0.3 --out build/evaluate/calibration.json \
+		--plot build/evaluate/calibration.png
 	$(VENV)/bin/python -m app evaluate $(MODEL) --calibration build/evaluate/calibration.json \
-		--target-sparsity 0.2 0.3 0.4 --needle-lengths 1024 --out build/evaluate/results
-	$(VENV)/bin/python -m app calibrate build/evaluate/maps --kernel nvidia \
+		--target-sparsity 0.15 0.2 0.3 --needle-lengths 1024 --out build/evaluate/results
+	$(VENV)/bin/python -m app calibrate build/evaluate/maps --kernel nvidia-256 \
 		--target-sparsity 0.3 --engine tensorrt-llm
 
 clean:

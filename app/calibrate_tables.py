@@ -22,6 +22,8 @@ def _printable(text: str) -> str:
 
 
 def table(report: dict[str, Any]) -> str:
+    from sim.engines import hopper_line
+
     lines = [_printable(report["model"])] if report["model"] else []
     lines.append(
         f"threshold_scale_factor = a·exp(b·sparsity), fitted in {report['space']} space, "
@@ -31,10 +33,12 @@ def table(report: dict[str, Any]) -> str:
         lines += ["", *_phase(phase, one)]
     for phase, rows in report["miss"].items():
         lines += ["", *_miss(phase, rows, report["phases"][phase]["target_sparsity"])]
+        if phase == "prefill" and report["head_dim"] is not None:
+            lines.append(f"  {hopper_line(report['head_dim'])}")
     for engine, text in report["exports"].items():
         lines += ["", f"── {engine} " + "─" * max(0, 60 - len(engine)), text.rstrip()]
-    if report["out"]:
-        lines += ["", f"Written to {report['out']}."]
+    if report["written"]:
+        lines += ["", f"Written to {' and '.join(report['written'])}."]
     return "\n".join(lines)
 
 
@@ -108,14 +112,18 @@ def _points(value: float | None) -> str:
 
 
 def _miss(phase: str, rows: Sequence[dict[str, Any]], wanted: float) -> list[str]:
+    from sim.engines import decision
+    from sim.targets import target
+
     names = list(rows[0]["achieved"])
     lines = [["calibrated for", "factor", *(f"on {name}" for name in names)]]
     for row in rows:
         factor = "–" if row["scale_factor"] is None else f"{row['scale_factor']:.4g}"
         lines.append([row["kernel"], factor, *(_share(row["achieved"][name]) for name in names)])
     head = f"{phase}, target {wanted:.0%}: what each kernel's factor skips on each kernel's grid"
+    grids = [f"  {name}: {decision(target(name, phase))}" for name in names]
     reasons = [f"  {row['kernel']}: {row['why_not']}" for row in rows if row["why_not"]]
-    return [head, *(f"  {line}" for line in _columns(lines)), *reasons]
+    return [head, *(f"  {line}" for line in _columns(lines)), *grids, *reasons]
 
 
 def explained(told: dict[str, Any]) -> str:

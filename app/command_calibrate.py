@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from app.calibrate_tables import explained, table
+from app.options import KERNELS
 
 if TYPE_CHECKING:
     from sim.calibration import Calibration, PhaseCalibration
@@ -21,7 +22,6 @@ if TYPE_CHECKING:
 Source = str | os.PathLike[str] | bytes
 
 PHASES = ("prefill", "decode")
-KERNELS = ("ours", "nvidia", "model-optimizer")
 ENGINES = ("tensorrt-llm", "tensorrt-llm-checkpoint", "flashinfer", "vllm", "sglang")
 
 
@@ -42,7 +42,8 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         "--kernel",
         choices=KERNELS,
         default="ours",
-        help="whose decision grid, visit order and vote; default: ours",
+        help="whose decision grid, visit order and vote; default: ours. Of NVIDIA's on Hopper, "
+        "nvidia-256 is for head_dim 32 to 64, and FP8 to 128; nvidia for larger ones",
     )
     parser.add_argument(
         "--space",
@@ -74,6 +75,12 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         help="tensorrt-llm-checkpoint: layers that stay dense, such as model.layers.0.self_attn",
     )
     parser.add_argument("--out", type=Path, metavar="FILE", help="write the calibration as JSON")
+    parser.add_argument(
+        "--plot",
+        type=Path,
+        metavar="FILE",
+        help="draw tiles skipped against scale factor, with the formula: .svg or .png",
+    )
     parser.add_argument(
         "--explain",
         type=Path,
@@ -133,6 +140,7 @@ def _run(options: argparse.Namespace) -> int:
         engines=options.engine or (),
         ignore=options.ignore,
         out=options.out,
+        plot=options.plot,
     )
     print(json.dumps(report, indent=2, ensure_ascii=False) if options.json else table(report))
     return 0
@@ -210,6 +218,7 @@ def calibrate_files(
     engines: Sequence[str] = (),
     ignore: Sequence[str] = (),
     out: str | os.PathLike[str] | None = None,
+    plot: str | os.PathLike[str] | None = None,
 ) -> dict[str, Any]:
     """Calibrate on files, and say what the result rests on.
 
@@ -227,6 +236,8 @@ def calibrate_files(
         For ``tensorrt-llm-checkpoint``.
     out : path, optional
         Write the calibration here.
+    plot : path, optional
+        Draw it here, as .svg or .png: :func:`sim.calibration_plot.calibration_plot`.
 
     Returns
     -------
@@ -240,22 +251,28 @@ def calibrate_files(
     OSError
         If a file cannot be opened or written.
     """
-    from sim.calibration import calibrate, miss_table
+    from sim.calibration import calibrate, measure, miss_table
     from sim.calibration_file import write_calibration
-    from sim.engines import check_engine, export
+    from sim.calibration_plot import calibration_plot
+    from sim.engines import check_engine, export, head_dim_of
+    from sim.picture import check_suffix
     from sim.targets import target
 
     for engine in engines:
         for phase in PHASES:
             check_engine(engine, target(kernel, phase))
-    if out is not None and not Path(out).parent.is_dir():
-        raise ValueError(f"out must lie in a folder that exists, got {os.fspath(out)}")
+    for name, path in (("out", out), ("plot", plot)):
+        if path is not None and not Path(path).parent.is_dir():
+            raise ValueError(f"{name} must lie in a folder that exists, got {os.fspath(path)}")
+    if plot is not None:
+        check_suffix(plot)
     read = read_maps(maps)
     one = calibrate(read, kernel, space=space, per_layer=per_layer, per_head=per_head)
     targets = one.targets(target_sparsity)
     report: dict[str, Any] = {
         "maps": [os.fspath(path) for path in maps],
         "model": one.card.get("model", ""),
+        "head_dim": head_dim_of(one.card),
         "kernel": kernel,
         "space": space,
         "phases": {
@@ -275,10 +292,13 @@ def calibrate_files(
             )
             for engine in engines
         },
-        "out": None if out is None else os.fspath(out),
+        "written": [os.fspath(path) for path in (out, plot) if path is not None],
     }
     if out is not None:
         write_calibration(out, one)
+    if plot is not None:
+        measured = {phase: measure(read, one.phases[phase].target) for phase in targets}
+        calibration_plot(one, measured, targets).write(plot)
     return report
 
 

@@ -6,9 +6,10 @@ import argparse
 import json
 import re
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+from app.options import add_model_options, read_texts
 
 
 def add_parser(commands: argparse._SubParsersAction) -> None:
@@ -18,29 +19,13 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
         "Run a causal language model over texts and keep the gap of every attention tile, for "
         "calibration. A capture that was interrupted goes on when the command is given again."
     )
-    capture.add_argument("model", metavar="MODEL", help="a folder, a .gguf file, or a hub name")
-    capture.add_argument("--out", required=True, metavar="FOLDER", help="where to write")
-    capture.add_argument(
-        "--texts", nargs="+", metavar="FILE", help="UTF-8 text; default chapters of Python's manual"
-    )
-    capture.add_argument("--text-license", default="not stated", help="of --texts, for the card")
+    add_model_options(capture)
     capture.add_argument("--layers", type=_numbers, metavar="0,3-5", help="default: all")
     capture.add_argument(
         "--kv-heads", type=_numbers, metavar="0,2", help="with their query heads; default: all"
     )
     capture.add_argument(
-        "--lengths",
-        nargs="+",
-        type=int,
-        default=[1024, 2048, 4096],
-        metavar="N",
-        help="tokens of each text; default: 1024 2048 4096",
-    )
-    capture.add_argument(
         "--phases", nargs="+", choices=("prefill", "decode"), default=["prefill", "decode"]
-    )
-    capture.add_argument(
-        "--decode-tokens", type=int, default=16, metavar="N", help="after each text; default: 16"
     )
     capture.add_argument(
         "--keep",
@@ -48,9 +33,7 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
         default="maps",
         help="gap maps (default); counts at fixed thresholds, far smaller; or traces of Q, K, V",
     )
-    capture.add_argument("--model-name", help="for the card; default: name of the file or folder")
     capture.add_argument("--model-license", help="for the card; default: not stated")
-    capture.add_argument("--json", action="store_true", help="print JSON")
     capture.set_defaults(run=run)
 
 
@@ -61,7 +44,7 @@ def run(options: argparse.Namespace) -> int:
     report = capture(
         options.model,
         options.out,
-        texts=None if options.texts is None else _texts(options.texts, options.text_license),
+        texts=None if options.texts is None else read_texts(options.texts, options.text_license),
         layers=options.layers,
         kv_heads=options.kv_heads,
         lengths=options.lengths,
@@ -74,18 +57,6 @@ def run(options: argparse.Namespace) -> int:
     )
     print(json.dumps(report, indent=2) if options.json else _summary(report, Path(options.out)))
     return 0
-
-
-def _texts(names: Sequence[str], license: str) -> list[Any]:
-    from sim.texts import Text
-
-    texts = []
-    for name in names:
-        try:
-            texts.append(Text(Path(name).read_text(encoding="utf-8"), Path(name).name, license))
-        except UnicodeDecodeError:
-            raise ValueError(f"texts must be UTF-8, but {name} is not") from None
-    return texts
 
 
 def _numbers(text: str) -> list[int]:

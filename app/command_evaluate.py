@@ -10,10 +10,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from app.options import KERNELS, add_model_options, read_texts
+
 if TYPE_CHECKING:
     from sim.model_attention import Setting
+    from sim.texts import Text
 
-KERNELS = ("ours", "nvidia", "model-optimizer")
 THRESHOLDS = (0.03, 0.1, 0.3, 0.6, 0.9)
 TARGETS = (0.3, 0.5)
 
@@ -26,8 +28,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         "kernel does, and compare: perplexity, divergence of its predictions, a hidden number, "
         "attention output. Interrupted, it goes on when the command is given again."
     )
-    parser.add_argument("model", metavar="MODEL", help="a folder, a .gguf file, or a hub name")
-    parser.add_argument("--out", required=True, metavar="FOLDER", help="where to write")
+    add_model_options(parser)
     rule = parser.add_mutually_exclusive_group()
     rule.add_argument(
         "--thresholds",
@@ -56,14 +57,6 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         help="whose decision grid, visit order and vote; default ours, or the calibration's",
     )
     parser.add_argument(
-        "--lengths",
-        nargs="+",
-        type=int,
-        default=[1024, 2048, 4096],
-        metavar="N",
-        help="tokens of each text; default 1024 2048 4096",
-    )
-    parser.add_argument(
         "--needle-lengths",
         nargs="*",
         type=int,
@@ -79,14 +72,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         help="where it is hidden, 0 … 1; default 0.1 0.5 0.9",
     )
     parser.add_argument(
-        "--texts", nargs="+", metavar="FILE", help="UTF-8 text; default chapters of Python's manual"
-    )
-    parser.add_argument("--text-license", default="not stated", help="of --texts, for the report")
-    parser.add_argument(
         "--max-texts", type=int, metavar="N", help="the first N texts only; default all"
-    )
-    parser.add_argument(
-        "--decode-tokens", type=int, default=16, metavar="N", help="after each text; default 16"
     )
     parser.add_argument(
         "--workers", type=int, metavar="N", help="processes; default one a core, if memory allows"
@@ -94,8 +80,6 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     parser.add_argument(
         "--scheduler", metavar="ADDRESS", help="a Dask scheduler, such as tcp://10.0.0.1:8786"
     )
-    parser.add_argument("--model-name", help="for the report; default name of the file or folder")
-    parser.add_argument("--json", action="store_true", help="print JSON")
     parser.set_defaults(run=_run)
 
 
@@ -166,19 +150,12 @@ def _calibrated(options: argparse.Namespace) -> list[Setting]:
     ]
 
 
-def _texts(options: argparse.Namespace) -> list[Any] | None:
-    from sim.texts import Text, split
-
+def _texts(options: argparse.Namespace) -> list[Text]:
     if options.texts is None:
+        from sim.texts import split
+
         return split()[1][: options.max_texts]
-    texts = []
-    for name in options.texts[: options.max_texts]:
-        try:
-            content = Path(name).read_text(encoding="utf-8")
-        except UnicodeDecodeError:
-            raise ValueError(f"texts must be UTF-8, but {name} is not") from None
-        texts.append(Text(content, Path(name).name, options.text_license))
-    return texts
+    return read_texts(options.texts[: options.max_texts], options.text_license)
 
 
 def _command(options: argparse.Namespace) -> str:

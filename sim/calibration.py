@@ -163,7 +163,7 @@ def measure(maps: GapMaps, kernel: Target, thresholds: ArrayLike = TRIALS) -> Me
                 f"these gap maps hold counts, and not at threshold {missing[0]:g}: give full maps"
             )
     samples = _samples(maps, kernel.phase)
-    table = [_skipped(maps, kernel, sample, lam) for sample in samples]
+    table = [maps.sparsity(kernel, sample, lam) for sample in samples]
     return Measured(kernel, samples, maps.layers, maps.rows(kernel), lam, np.array(table))
 
 
@@ -172,18 +172,6 @@ def _samples(maps: GapMaps, phase: str) -> list[Sample]:
     if not samples:
         raise ValueError(f"these gap maps hold no text of the {phase} phase")
     return samples
-
-
-def _skipped(
-    maps: GapMaps, kernel: Target, sample: Sample, thresholds: NDArray[np.float64]
-) -> NDArray[np.float64]:
-    """Sparsity of one text, [layers, votes, thresholds]."""
-    ln = ln_threshold(thresholds)
-    layers = []
-    for layer in maps.layers:
-        gaps = np.sort(maps.gaps(kernel, sample, layer), axis=1)  # [votes, tiles]
-        layers.append([np.searchsorted(one, ln) / one.size for one in gaps])
-    return np.array(layers)
 
 
 def achieved(maps: GapMaps, kernel: Target, scale_factor: float) -> NDArray[np.float64]:
@@ -206,7 +194,7 @@ def achieved(maps: GapMaps, kernel: Target, scale_factor: float) -> NDArray[np.f
     rows = []
     for sample in samples:
         lam = scale_factor / sample.length
-        one = _skipped(maps, kernel, sample, np.array([min(lam, 1.0)]))[:, :, 0]
+        one = maps.sparsity(kernel, sample, [min(lam, 1.0)])[:, :, 0]
         rows.append(one if lam <= 1 else np.full_like(one, np.nan))
     return np.array(rows)
 
@@ -371,7 +359,7 @@ def calibrate(
     ----------
     maps : GapMaps
         Gap maps of texts; :func:`sim.gap_maps.read_gap_maps`.
-    kernel : {"ours", "nvidia", "model-optimizer"}
+    kernel : {"ours", "nvidia", "nvidia-256", "model-optimizer"}
         Whose decision grid, visit order and vote.
     space : {"log", "linear"}
         As in :func:`fit`.

@@ -29,9 +29,9 @@ import numpy as np
 from sim.attention_hook import Layer, Shape, probe, run
 from sim.calibration import TRIALS
 from sim.gap_maps import GapMaps, Sample, tiles_of_row
-from sim.gap_scans import Packed, decode_gaps, prefill_gaps, stacked
+from sim.gap_scans import Packed, decode_gaps, head_dim_field, prefill_gaps, stacked
 from sim.model import Model, Tokens, check_name, config_hash, load, tokenize
-from sim.targets import PHASES, TARGETS, Target
+from sim.targets import PHASES, targets_of
 from sim.texts import Text, split
 from sim.traces import MAX_LENGTH, write_trace
 
@@ -276,7 +276,7 @@ class _Run:
         return {"next_token_loss": round(loss, 4), "max_difference": float(f"{worst:.2g}")}
 
     def scan(self, sample: Sample, layer: Layer) -> dict[str, Packed]:
-        targets, scale = _targets(sample), layer.softmax_scale
+        targets, scale = targets_of(sample.phase), layer.softmax_scale
         if sample.phase == "decode":
             return decode_gaps(layer.q, layer.k, sample.steps, targets, softmax_scale=scale)
         scanned = prefill_gaps(
@@ -292,7 +292,7 @@ class _Run:
             layers=layers,
             heads=tuple(map(str, heads)),
             kv_heads=tuple(map(str, kv_heads)),
-            targets=tuple(_targets(sample)),
+            targets=targets_of(sample.phase),
             thresholds=None,
             card=self.card(),
             arrays={
@@ -337,6 +337,7 @@ class _Run:
         return {
             **{name: self.record[name] for name in named},
             "license": self.record["model_license"],
+            **head_dim_field(shape.head_dim for shape in self.shapes.values()),
         }
 
 
@@ -394,10 +395,6 @@ def _heads(plan: _Plan, shapes: Mapping[int, Shape]) -> tuple[list[int], list[in
     return kv_heads, [head * share + i for head in kv_heads for i in range(share)]
 
 
-def _targets(sample: Sample) -> list[Target]:
-    return [target for target in TARGETS.values() if target.phase == sample.phase]
-
-
 def _files(plan: _Plan, shapes: Mapping[int, Shape], sample: Sample) -> list[str]:
     """Names of a sample's files: one of all layers, or a trace a layer."""
     if plan.keep == "qkv":
@@ -419,7 +416,7 @@ def _bytes(plan: _Plan, shapes: Mapping[int, Shape], sample: Sample) -> int:
         return 2 * (query + cache)
     rows_and_tiles = [
         (kv_heads if target.vote == "group" else heads, tiles_of_row(target, sample))
-        for target in _targets(sample)
+        for target in targets_of(sample.phase)
     ]
     if plan.keep == "counts":
         return len(shapes) * 4 * (len(TRIALS) + 1) * sum(rows for rows, _ in rows_and_tiles)

@@ -14,20 +14,22 @@ Five published forms, each of which :func:`export` writes and :mod:`sim.engine_s
 
 All mean λ = threshold_scale_factor / KV length, and 0 or none is dense attention.  What a factor
 skips depends on the kernel's decision grid, visit order and vote, so an export refuses a
-calibration made on others.
+calibration made on others: in prefill NVIDIA's grid depends on the model's head_dim
+(:func:`sim.targets.hopper_prefill`), which gap maps state.
 """
 
 from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from sim.calibration import Calibration
 from sim.engine_settings import ARGUMENT, FORMULA, EngineError, Setting, read_setting
-from sim.targets import PHASES, TARGETS, Target
+from sim.targets import PHASES, TARGETS, Target, hopper_prefill
 from sim.threshold import from_scale_factor
 
 __all__ = [
@@ -42,6 +44,8 @@ __all__ = [
     "decision",
     "explain",
     "export",
+    "head_dim_of",
+    "hopper_line",
     "read_setting",
 ]
 
@@ -53,34 +57,34 @@ class Engine:
     Parameters
     ----------
     name : str
-    kernels : tuple of str
-        Targets whose calibration it may be given.
+    published : str
+        Kernel on whose decisions the factors that others publish in this form were made.
     note : str
         What its users should know; one sentence.
     """
 
     name: str
-    kernels: tuple[str, ...]
+    published: str
     note: str
 
 
 _HOPPER = (
-    "larger tiles decide, and a factor skips less, in FP8, at head_dim 32 to 64 (64 × 256 in "
-    "prefill) and on Blackwell"
+    "on Hopper prefill decides on tiles of 64 × 256 at head_dim 32 to 64, and in FP8 to 128, and "
+    "on Blackwell on other tiles; larger ones skip less at the same factor"
 )
 ENGINES = {
     one.name: one
     for one in (
-        Engine("tensorrt-llm", ("nvidia",), f"Attention backend TRTLLM only; {_HOPPER}."),
+        Engine("tensorrt-llm", "nvidia", f"Attention backend TRTLLM only; {_HOPPER}."),
         Engine(
             "tensorrt-llm-checkpoint",
-            ("nvidia", "model-optimizer"),
+            "model-optimizer",
             "Model Optimizer writes this form from its own grid, 128 × 128 and head by head, on "
             "which the same factor skips more in decode than in the engine's kernels.",
         ),
-        Engine("flashinfer", ("nvidia",), f"Decode skips on Blackwell only; {_HOPPER}."),
-        Engine("vllm", ("nvidia",), f"Pull request 42989, TRTLLM backends only; {_HOPPER}."),
-        Engine("sglang", ("nvidia",), f"Backends trtllm_mha and trtllm_mla only; {_HOPPER}."),
+        Engine("flashinfer", "nvidia", f"Decode skips on Blackwell only; {_HOPPER}."),
+        Engine("vllm", "nvidia", f"Pull request 42989, TRTLLM backends only; {_HOPPER}."),
+        Engine("sglang", "nvidia", f"Backends trtllm_mha and trtllm_mla only; {_HOPPER}."),
     )
 }
 """Every engine, by name."""
@@ -130,7 +134,7 @@ def export(
         raise ValueError(f"ignore is for tensorrt-llm-checkpoint: {engine} has no such list")
     targets = calibration.targets(target_sparsity)
     for phase in targets:
-        check_engine(engine, calibration.phases[phase].target)
+        check_engine(engine, calibration.phases[phase].target, head_dim_of(calibration.card))
     factors = calibration.scale_factor(target_sparsity, extrapolate=extrapolate)
     factors = {phase: _rounded(factors.get(phase, 0.0)) for phase in PHASES}
     if engine == "tensorrt-llm-checkpoint":
@@ -144,7 +148,7 @@ def export(
     return "\n".join([*_comments(calibration, ENGINES[engine], targets), *lines]) + "\n"
 
 
-def check_engine(engine: str, made: Target) -> None:
+def check_engine(engine: str, made: Target, head_dim: int | None = None) -> None:
     """Raise ValueError unless an engine's kernel decides as this target does.
 
     Parameters
@@ -153,15 +157,49 @@ def check_engine(engine: str, made: Target) -> None:
         One of ``ENGINES``.
     made : Target
         What a calibration is made on.
+    head_dim : int, optional
+        Of the model; without it any grid that NVIDIA's prefill kernel has at some head_dim will
+        do.
     """
     if engine not in ENGINES:
         raise ValueError(f"engine must be one of {', '.join(ENGINES)}, got {engine!r}")
-    accepted = [TARGETS[name, made.phase] for name in ENGINES[engine].kernels]
-    if not any(_decides_alike(made, one) for one in accepted):
+    accepted = _accepted(ENGINES[engine], made.phase, head_dim)
+    if not any(_decides_alike(made, one) for one in accepted.values()):
+        kernel, one = next(iter(accepted.items()))
+        where = f" at head_dim {head_dim}" if head_dim and made.phase == "prefill" else ""
         raise ValueError(
-            f"{engine} decides {made.phase} on {decision(accepted[0])}, but this calibration "
-            f"is made on {decision(made)}: calibrate with kernel {accepted[0].name}"
+            f"{engine} decides {made.phase}{where} on {decision(one)}, but this calibration "
+            f"is made on {decision(made)}: calibrate with kernel {kernel}"
         )
+
+
+def _accepted(engine: Engine, phase: str, head_dim: int | None) -> dict[str, Target]:
+    """Kernels on whose decisions a calibration for this engine may be made."""
+    names = ["nvidia", "nvidia-256"] if head_dim is None else list(hopper_prefill(head_dim))
+    if engine.published not in names and engine.published != "nvidia":
+        names.append(engine.published)
+    return {name: TARGETS[name, phase] for name in names}
+
+
+def head_dim_of(card: Mapping[str, str]) -> int | None:
+    """Read the model's head_dim from the card of gap maps; None if it does not say.
+
+    Examples
+    --------
+    >>> head_dim_of({"head_dim": "64"}), head_dim_of({})
+    (64, None)
+    """
+    said = card.get("head_dim", "")
+    return int(said) if re.fullmatch(r"[1-9]\d{0,3}", said, re.ASCII) else None
+
+
+def hopper_line(head_dim: int) -> str:
+    """Say which kernel to calibrate for if a model is to run on Hopper; one sentence."""
+    kernels = (f"{name} ({kind})" for name, kind in hopper_prefill(head_dim).items())
+    return (
+        f"At this model's head_dim, {head_dim}, NVIDIA's Hopper prefill decides as "
+        f"{' or '.join(kernels)}."
+    )
 
 
 def _decides_alike(one: Target, other: Target) -> bool:
@@ -195,6 +233,9 @@ def _comments(calibration: Calibration, engine: Engine, targets: Mapping[str, fl
         lines.append(f"#   {decision(one.target)}: {one.target.description}")
     model = "".join(c for c in calibration.card.get("model", "") if c.isprintable())
     made = f"# skip-softmax calibrate, {calibration.date}" + (f", model {model}" if model else "")
+    head_dim = head_dim_of(calibration.card)
+    if head_dim is not None:
+        lines.append(f"# {hopper_line(head_dim)}")
     return [made, *lines, f"# {engine.note}"]
 
 
@@ -394,14 +435,16 @@ def _warnings(
     for phase, meaning in phases.items():
         if not meaning.scale_factor:
             continue
-        theirs, ours = TARGETS[engine.kernels[-1], phase], TARGETS["ours", phase]
+        theirs, ours = TARGETS[engine.published, phase], TARGETS["ours", phase]
         warnings.append(
             f"{phase}: a factor of this form is made for {decision(theirs)}; the kernels here "
             f"decide on {decision(ours)}, where it skips another share."
         )
         if calibration is not None and phase in calibration.phases:
             made = calibration.phases[phase].target
-            if not _decides_alike(made, TARGETS[engine.kernels[0], phase]):
+            kernels = _accepted(engine, phase, head_dim_of(calibration.card))
+            kernels.pop("model-optimizer", None)  # a calibration's grid, no engine's
+            if not any(_decides_alike(made, one) for one in kernels.values()):
                 warnings.append(
                     f"{phase}: the expected sparsity is that of {calibration.kernel}'s decisions, "
                     f"on {decision(made)}, not that of the engine's kernel."

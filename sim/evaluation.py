@@ -324,7 +324,7 @@ def evaluate(
     report = report_of(read_results(path)[1], card)
     text = json.dumps(report, indent=1, ensure_ascii=False, allow_nan=False)
     (folder / "evaluation.json").write_text(text + "\n", encoding="utf-8")
-    (folder / "quality.svg").write_text(quality_plot(report), encoding="utf-8")
+    quality_plot(report).write(folder / "quality.svg")
     return report
 
 

@@ -41,7 +41,7 @@ from sim import container
 from sim.calibration import TRIALS
 from sim.container import ContainerError, Source, quote
 from sim.geometry import Grid
-from sim.targets import PHASES, TARGETS, Target
+from sim.targets import KERNELS, PHASES, TARGETS, Target
 from sim.threshold import ln_threshold
 from sim.traces import MAX_HEADS, MAX_LENGTH, Trace, read_trace
 
@@ -101,7 +101,7 @@ class GapMaps:
     thresholds : tuple of float, or None
         λ where counts are exact, in ascending order.  None: every λ ≤ 1, these are full maps.
     card : dict of str to str
-        ``model``, ``license``, ``command``, ``date``, ``versions``, …
+        ``model``, ``license``, ``command``, ``date``, ``versions``, ``head_dim``, …
     arrays : mapping
         (sample name, target name) → gaps or counts, and masses; both [layers, rows, …].
     """
@@ -128,6 +128,22 @@ class GapMaps:
         if target.vote == "group":
             return tuple(f"KV head {name}" for name in self.kv_heads)
         return tuple(f"head {name}" for name in self.heads)
+
+    @property
+    def kernels(self) -> tuple[str, ...]:
+        """Names of the kernels whose decisions these maps hold, in every phase that they hold.
+
+        Examples
+        --------
+        >>> read_gap_maps(bundled_gap_maps()).kernels
+        ('ours', 'nvidia', 'model-optimizer')
+        """
+        phases = _phases(self)
+        return tuple(
+            name
+            for name in KERNELS
+            if all(TARGETS[name, phase] in self.targets for phase in phases)
+        )
 
     def gaps(self, target: Target, sample: Sample, layer: int) -> NDArray[np.float32]:
         """Give the gap of every visited tile of one layer.
@@ -161,10 +177,59 @@ class GapMaps:
         >>> gaps.shape, int(np.isinf(gaps).sum())  # each of 8 vote groups keeps its first tile
         ((3, 20), 24)
         """
-        values, index = self._find(target, sample, layer)
+        values = self._find(target, sample)[0][self._index(layer)]
         if self.thresholds is None:
-            return values[0][index]
-        return _spread(values[0][index], ln_threshold(self.thresholds))
+            return values
+        return _spread(values, ln_threshold(self.thresholds))
+
+    def sparsity(
+        self, target: Target, sample: Sample, thresholds: ArrayLike
+    ) -> NDArray[np.float64]:
+        """Give the share of tiles that thresholds skip, in every layer and row.
+
+        Parameters
+        ----------
+        target : Target
+            Of the sample's phase.
+        sample : Sample
+        thresholds : array, shape [n]
+            λ in [0, 1], in any order.
+
+        Returns
+        -------
+        ndarray, shape [layers, rows, n], float64
+            Share of visited tiles whose gap lies below ln λ.  From counts: exact at their
+            thresholds, interpolated along ln λ between them; below the first thinning out over
+            one natural-log unit, above the last no more.
+
+        Raises
+        ------
+        ValueError
+            If there is no such sample or target.
+
+        Examples
+        --------
+        >>> from sim.traces import bundled
+        >>> maps = GapMaps.from_traces([next(iter(bundled().values()))], lengths=[1024])
+        >>> ours = TARGETS["ours", "prefill"]
+        >>> maps.sparsity(ours, maps.samples[0], [0.01, 0.1])[0].round(3).tolist()
+        [[0.069, 0.319], [0.014, 0.306], [0.0, 0.028]]
+        """
+        values = self._find(target, sample)[0]
+        ln = ln_threshold(np.asarray(thresholds, np.float64).ravel())
+        if self.thresholds is None:
+            edges, place = np.unique(ln, return_inverse=True)
+            return _place(values, edges)[0].cumsum(-1)[..., place] / values.shape[-1]
+        # skipped at one unit below the first threshold, which is none, and at each threshold
+        skipped = np.zeros(values.shape)
+        np.cumsum(values[..., :-1], -1, out=skipped[..., 1:])
+        counted = ln_threshold(self.thresholds).astype(np.float64)
+        edges = np.concatenate([counted[:1] - 1, counted])
+        at = np.clip(ln.astype(np.float64), edges[0], edges[-1])
+        right = np.searchsorted(edges, at).clip(1)
+        part = (at - edges[right - 1]) / (edges[right] - edges[right - 1])
+        between = skipped[..., right - 1] * (1 - part) + skipped[..., right] * part
+        return between / values.sum(-1, keepdims=True, dtype=np.int64)
 
     def mass(self, target: Target, sample: Sample, layer: int) -> NDArray[np.float32]:
         """Give the share of the row's attention that lies in each tile, as :meth:`gaps` does.
@@ -180,8 +245,7 @@ class GapMaps:
         ValueError
             If there is no such sample, layer or target.
         """
-        values, index = self._find(target, sample, layer)
-        counts, mass = (array[index] for array in values)
+        counts, mass = (array[self._index(layer)] for array in self._find(target, sample))
         if self.thresholds is None:
             return mass
         each = mass.astype(np.float32) / np.maximum(counts, 1)
@@ -308,21 +372,24 @@ class GapMaps:
 
         return scan_traces(loaded, lengths, progress)
 
-    def _find(
-        self, target: Target, sample: Sample, layer: int
-    ) -> tuple[tuple[NDArray[Any], NDArray[Any]], int]:
+    def _index(self, layer: int) -> int:
         if layer not in self.layers:
             raise ValueError(f"layer must be one of {listed(self.layers)}, got {layer}")
+        return self.layers.index(layer)
+
+    def _find(self, target: Target, sample: Sample) -> tuple[NDArray[Any], NDArray[Any]]:
+        """Gaps or counts, and masses, [layers, rows, …]."""
         if target.phase != sample.phase:
             raise ValueError(f"target is for {target.phase}, but the sample is of {sample.phase}")
         if not any(_definition(one) == _definition(target) for one in self.targets):
+            rows, keys = target.tile
             raise ValueError(
-                f"target must be one of {listed([_name(one) for one in self.targets])}, as "
-                f"these maps were made for, got {_name(target)}"
+                f"these gap maps were made for {listed([_name(one) for one in self.targets])}, "
+                f"not for {_name(target)} with its tiles of {rows} × {keys}: capture again"
             )
         if (sample.name, target.name) not in self.arrays:
             raise ValueError(f"there is no sample {sample.name!r} in these maps")
-        return self.arrays[sample.name, target.name], self.layers.index(layer)
+        return self.arrays[sample.name, target.name]
 
 
 def read_gap_maps(source: Source | Iterable[Source]) -> GapMaps:
@@ -400,16 +467,21 @@ def count_gaps(
     >>> count_gaps(gap, np.full((1, 4), 0.25, np.float32), np.array([-2, 0], np.float32))[0]
     array([[1, 2, 1]], dtype=uint8)
     """
-    rows = gap.reshape(-1, gap.shape[-1])
-    bins = ln.size + 1
+    count, place = _place(gap, ln)
+    total = np.bincount(place, weights=mass.ravel(), minlength=count.size)
+    dtype = np.min_scalar_type(int(count.max(initial=0)))
+    return count.astype(dtype), total.astype(np.float16).reshape(count.shape)
+
+
+def _place(
+    gap: NDArray[np.float32], ln: NDArray[np.float32]
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Count tiles between thresholds, [..., n + 1], and say in which count each tile is, flat."""
+    rows, bins = gap.reshape(-1, gap.shape[-1]), ln.size + 1
     # right: gap == ln λ is not skipped at λ, so it lies above that threshold
     place = np.searchsorted(ln, rows, side="right") + bins * np.arange(len(rows))[:, None]
-    size = bins * len(rows)
-    count = np.bincount(place.ravel(), minlength=size)
-    total = np.bincount(place.ravel(), weights=mass.ravel(), minlength=size)
-    shape = (*gap.shape[:-1], bins)
-    dtype = np.min_scalar_type(int(count.max(initial=0)))
-    return count.astype(dtype).reshape(shape), total.astype(np.float16).reshape(shape)
+    count = np.bincount(place.ravel(), minlength=bins * len(rows))
+    return count.reshape(*gap.shape[:-1], bins), place.ravel()
 
 
 def _spread(counts: NDArray[Any], ln: NDArray[np.float32]) -> NDArray[np.float32]:
@@ -471,18 +543,34 @@ def _join(parts: Sequence[GapMaps]) -> GapMaps:
     samples = [sample for part in parts for sample in part.samples]
     if len({sample.name for sample in samples}) < len(samples):
         raise GapMapError("files must be of different samples, got one twice")
-    targets = {_name(target): target for part in parts for target in part.targets}
+    # A capture that an older version began lacks a kernel in some of its files.
+    common = {
+        (target.phase, target.name): target
+        for one in parts
+        for target in one.targets
+        if all(target in part.targets for part in parts if target.phase in _phases(part))
+    }
     return replace(
         first,
         samples=tuple(samples),
-        targets=tuple(targets.values()),
+        targets=tuple(common.values()),
         card={
             key: value
             for key, value in first.card.items()
             if all(part.card.get(key) == value for part in parts)
         },
-        arrays={name: pair for part in parts for name, pair in part.arrays.items()},
+        arrays={
+            (sample.name, name): part.arrays[sample.name, name]
+            for part in parts
+            for sample in part.samples
+            for phase, name in common
+            if phase == sample.phase
+        },
     )
+
+
+def _phases(maps: GapMaps) -> set[str]:
+    return {sample.phase for sample in maps.samples}
 
 
 def _read(file: BinaryIO) -> GapMaps:

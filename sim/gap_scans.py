@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from sim.container import quote
 from sim.gap_maps import GapMapError, GapMaps, Sample, listed
 from sim.skip_softmax import Scan, scan
-from sim.targets import PHASES, TARGETS, Target
+from sim.targets import PHASES, Target, targets_of
 from sim.traces import Trace
 
 DECODE_STEPS = 16
@@ -190,15 +190,24 @@ def scan_traces(
         layers,
         heads,
         kv_heads,
-        tuple(target for target in TARGETS.values() if target.phase in phases),
+        targets_of(*phases),
         None,
-        {key: first[key] for key in ("model", "license", "date", "versions") if key in first},
+        {
+            **{key: first[key] for key in ("model", "license", "date", "versions") if key in first},
+            **head_dim_field(trace.q.shape[2] for trace in traces),
+        },
         {
             (sample.name, name): stacked([by_layer[layer][name] for layer in layers])
             for sample, by_layer in found.items()
             for name in by_layer[layers[0]]
         },
     )
+
+
+def head_dim_field(head_dims: Iterable[int]) -> dict[str, str]:
+    """Field of the card that states the head_dim of Q and K; empty if layers differ."""
+    different = set(head_dims)
+    return {"head_dim": str(different.pop())} if len(different) == 1 else {}
 
 
 def _scan_trace(
@@ -212,9 +221,7 @@ def _scan_trace(
     """Samples of one trace: prefill at each length, and decode steps."""
     if not trace.causal:
         raise GapMapError("traces must be causal, got one that is not")
-    prefill, steps = (
-        [target for target in TARGETS.values() if target.phase == phase] for phase in PHASES
-    )
+    prefill, steps = map(targets_of, PHASES)
     rows, keys = trace.q.shape[1], trace.k.shape[1]
     of_text = (text, trace.card.get("text_license", "not stated"))
     done: list[tuple[Sample, dict[str, Packed]]] = []

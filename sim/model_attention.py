@@ -39,7 +39,7 @@ class Setting:
 
     Parameters
     ----------
-    kernel : {"ours", "nvidia", "model-optimizer"}
+    kernel : {"ours", "nvidia", "nvidia-256", "model-optimizer"}
         As in :mod:`sim.targets`.
     threshold : mapping, optional
         Phase → λ, at most 1.

@@ -1,27 +1,34 @@
-"""Quality against sparsity, drawn as SVG: every kernel and length of an evaluation.
+"""Quality against sparsity: every kernel and length of an evaluation in one picture.
 
-Nothing but text is written, so no plotting library is needed.  The vertical axis is linear up to
-0.1 % and logarithmic beyond, so that no change and a ruined model fit on it.
+The vertical axis is linear up to 0.1 % and logarithmic beyond, so that no change and a ruined model
+fit on it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from html import escape
 from typing import Any
 
 import numpy as np
 
+from sim.picture import Dot, Line, Picture, Words
+
 WIDTH, HEIGHT = 800, 460
 LEFT, RIGHT, TOP, BOTTOM = 70, 230, 46, 56
 
-COLOURS = {"ours": "#0072B2", "nvidia": "#D55E00", "model-optimizer": "#009E73"}
-DASHES = ("", "7 4", "2 3", "9 3 2 3", "1 5")
+COLOURS = {
+    "ours": "#0072B2",
+    "nvidia": "#D55E00",
+    "nvidia-256": "#CC79A7",
+    "model-optimizer": "#009E73",
+}
+DASHES: tuple[tuple[int, ...], ...] = ((), (7, 4), (2, 3), (9, 3, 2, 3), (1, 5))
+GRID = "#e3e3e3"
 _LINEAR = 0.001
 _TICKS = (-0.01, -0.001, 0.0, 0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 10.0)
 
 
-def quality_plot(report: Mapping[str, Any]) -> str:
+def quality_plot(report: Mapping[str, Any]) -> Picture:
     """Draw perplexity change against sparsity, in prefill.
 
     Parameters
@@ -31,8 +38,7 @@ def quality_plot(report: Mapping[str, Any]) -> str:
 
     Returns
     -------
-    str
-        An SVG document.
+    Picture
     """
     lines: dict[tuple[str, int], list[dict[str, Any]]] = {}
     for row in report["rows"]:
@@ -51,61 +57,37 @@ def quality_plot(report: Mapping[str, Any]) -> str:
     def y(change: float) -> float:
         return HEIGHT - BOTTOM - (_height(change) - low) / (high - low) * (HEIGHT - TOP - BOTTOM)
 
-    parts = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" '
-        'role="img" font-family="sans-serif" font-size="13">',
-        f"<title>Perplexity change against share of tiles skipped, {escape(report['model'])}"
-        "</title>",
-        f'<rect width="{WIDTH}" height="{HEIGHT}" fill="#ffffff"/>',
-        f'<text x="{LEFT}" y="22" font-weight="bold">{escape(report["model"])}: '
-        "what skipping costs</text>",
-    ]
-    for tick in np.linspace(0, right, round(right * 10) + 1):
-        parts.append(_line(x(tick), TOP, x(tick), HEIGHT - BOTTOM, "#e3e3e3"))
-        parts.append(_text(x(tick), HEIGHT - BOTTOM + 18, f"{tick:.0%}", "middle"))
+    title = f"Perplexity change against share of tiles skipped, {report['model']}"
+    picture = Picture(WIDTH, HEIGHT, title)
+    draw = picture.shapes.append
+    draw(Words((LEFT, 22), f"{report['model']}: what skipping costs", size=15))
+    for tick in np.linspace(0, right, round(right * 10) + 1).tolist():
+        draw(Line([(x(tick), TOP), (x(tick), HEIGHT - BOTTOM)], GRID))
+        draw(Words((x(tick), HEIGHT - BOTTOM + 18), f"{tick:.0%}", "middle"))
     for tick in _TICKS:
         if low <= _height(tick) <= high:
-            parts.append(_line(LEFT, y(tick), WIDTH - RIGHT, y(tick), "#e3e3e3"))
-            parts.append(
-                _text(LEFT - 8, y(tick) + 4, f"{100 * tick:+g} %" if tick else "0 %", "end")
-            )
-    parts.append(_line(LEFT, y(0), WIDTH - RIGHT, y(0), "#555555"))
-    parts.append(_text((LEFT + WIDTH - RIGHT) / 2, HEIGHT - 14, "tiles skipped", "middle"))
-    parts.append(_text(LEFT, TOP - 6, "change of perplexity"))
+            draw(Line([(LEFT, y(tick)), (WIDTH - RIGHT, y(tick))], GRID))
+            label = f"{100 * tick:+g} %" if tick else "0 %"
+            draw(Words((LEFT - 8, y(tick) + 4), label, "end"))
+    draw(Line([(LEFT, y(0)), (WIDTH - RIGHT, y(0))], "#555555"))
+    draw(Words(((LEFT + WIDTH - RIGHT) / 2, HEIGHT - 14), "tiles skipped", "middle"))
+    draw(Words((LEFT, TOP - 6), "change of perplexity"))
     for number, ((kernel, length), of) in enumerate(lines.items()):
         colour = COLOURS.get(kernel, "#000000")
         dash = DASHES[lengths.index(length) % len(DASHES)]
         of = sorted(of, key=lambda one: one["sparsity"][0])
-        path = " ".join(
-            f"{x(one['sparsity'][0]):.1f},{y(one['perplexity_change'][0]):.1f}" for one in of
-        )
-        parts.append(
-            f'<polyline points="{path}" fill="none" stroke="{colour}" stroke-width="2" '
-            f'stroke-dasharray="{dash}"/>'
-        )
+        path = [(x(one["sparsity"][0]), y(one["perplexity_change"][0])) for one in of]
+        draw(Line(path, colour, 2, dash))
         for one in of:
             value, lower, upper = (y(change) for change in one["perplexity_change"])
             at = x(one["sparsity"][0])
-            parts.append(_line(at, lower, at, upper, colour))
-            parts.append(f'<circle cx="{at:.1f}" cy="{value:.1f}" r="3" fill="{colour}"/>')
+            draw(Line([(at, lower), (at, upper)], colour))
+            draw(Dot((at, value), 3, colour))
         height, start = TOP + 14 + 22 * number, WIDTH - RIGHT + 14
-        parts.append(_line(start, height, start + 34, height, colour, dash, 2))
-        parts.append(_text(start + 42, height + 4, f"{kernel}, {length} tokens"))
-    return "\n".join([*parts, "</svg>"]) + "\n"
+        draw(Line([(start, height), (start + 34, height)], colour, 2, dash))
+        draw(Words((start + 42, height + 4), f"{kernel}, {length} tokens"))
+    return picture
 
 
 def _height(change: float) -> float:
     return float(np.arcsinh(change / _LINEAR))
-
-
-def _line(
-    x1: float, y1: float, x2: float, y2: float, colour: str, dash: str = "", width: float = 1
-) -> str:
-    return (
-        f'<line x1="{x1:.1f}" y1="{y1:.1f}" x2="{x2:.1f}" y2="{y2:.1f}" stroke="{colour}" '
-        f'stroke-width="{width}" stroke-dasharray="{dash}"/>'
-    )
-
-
-def _text(x: float, y: float, text: str, anchor: str = "start") -> str:
-    return f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}">{escape(text)}</text>'

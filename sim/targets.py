@@ -3,7 +3,8 @@
 What a threshold buys depends on which rows vote together, on which keys, in which order.  A
 ``Target`` names one such choice per kernel and phase; scores scanned for one target say nothing
 exact about another.
-Sources: TensorRT-LLM's ``fmha_v2`` and ``xqa`` kernels; Model Optimizer's skip-softmax calibrator.
+Sources: TensorRT-LLM's ``fmha_v2`` (``STEP_KV`` of ``generator_utils.py``) and ``xqa`` kernels;
+Model Optimizer's skip-softmax calibrator.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ class Target:
 
     Parameters
     ----------
-    name : {"ours", "nvidia", "model-optimizer"}
+    name : {"ours", "nvidia", "nvidia-256", "model-optimizer"}
     phase : {"prefill", "decode"}
     tile : (int, int)
         Vote rows × keys of a tile; in decode the rows of one token, (1, keys).
@@ -124,8 +125,8 @@ class Target:
         )
 
 
-def _prefill(name: str, rows: int, order: str, description: str) -> Target:
-    return Target(name, "prefill", (rows, 128), order, "head", False, 1, "interleaved", description)
+def _prefill(name: str, tile: tuple[int, int], order: str, description: str) -> Target:
+    return Target(name, "prefill", tile, order, "head", False, 1, "interleaved", description)
 
 
 def _decode(name: str, keys: int, vote: str, seeded: bool, description: str) -> Target:
@@ -134,33 +135,86 @@ def _decode(name: str, keys: int, vote: str, seeded: bool, description: str) -> 
     )
 
 
+_XQA = _decode("nvidia", 64, "group", False, "NVIDIA's XQA on Hopper, one CTA per KV head.")
+
 TARGETS: dict[tuple[str, str], Target] = {
-    (one.name, one.phase): one
-    for one in (
-        _prefill("ours", 64, "ends_first", "The prefill kernels of this package."),
-        _prefill(
-            "nvidia",
-            64,
-            "ascending",
-            "NVIDIA's fmha_v2 on Hopper: fp16 and bf16, head_dim 72 to 128.",
-        ),
-        _prefill(
-            "model-optimizer", 128, "ascending", "Model Optimizer's calibration, and its kernel."
-        ),
-        _decode(
-            "ours",
-            64,
-            "group",
-            True,
-            "The decode kernel of this package; with its seed, splits hardly change decisions.",
-        ),
-        _decode("nvidia", 64, "group", False, "NVIDIA's XQA on Hopper, one CTA per KV head."),
-        _decode(
-            "model-optimizer", 128, "head", False, "Model Optimizer's calibration: heads alone."
-        ),
-    )
+    ("ours", "prefill"): _prefill(
+        "ours", (64, 128), "ends_first", "The prefill kernels of this package."
+    ),
+    ("nvidia", "prefill"): _prefill(
+        "nvidia",
+        (64, 128),
+        "ascending",
+        "NVIDIA's fmha_v2 on Hopper: fp16 and bf16, head_dim 72 to 128.",
+    ),
+    ("nvidia-256", "prefill"): _prefill(
+        "nvidia-256",
+        (64, 256),
+        "ascending",
+        "NVIDIA's fmha_v2 on Hopper: fp16 and bf16, head_dim 32 to 64; FP8, head_dim 32 to 128.",
+    ),
+    ("model-optimizer", "prefill"): _prefill(
+        "model-optimizer",
+        (128, 128),
+        "ascending",
+        "Model Optimizer's calibration, and its kernel.",
+    ),
+    ("ours", "decode"): _decode(
+        "ours",
+        64,
+        "group",
+        True,
+        "The decode kernel of this package; with its seed, splits hardly change decisions.",
+    ),
+    ("nvidia", "decode"): _XQA,
+    ("nvidia-256", "decode"): _XQA,
+    ("model-optimizer", "decode"): _decode(
+        "model-optimizer", 128, "head", False, "Model Optimizer's calibration: heads alone."
+    ),
 }
-"""Every target, by name and phase."""
+"""The target of every kernel, by the kernel's name and phase; two kernels may share one."""
+
+KERNELS = tuple(dict.fromkeys(name for name, _ in TARGETS))
+"""Names of the kernels."""
+
+
+def targets_of(*phases: str) -> tuple[Target, ...]:
+    """Give the targets of these phases, each once.
+
+    Examples
+    --------
+    >>> [one.name for one in targets_of("decode")]
+    ['ours', 'nvidia', 'model-optimizer']
+    """
+    return tuple(dict.fromkeys(one for one in TARGETS.values() if one.phase in phases))
+
+
+def hopper_prefill(head_dim: int) -> dict[str, str]:
+    """Say as which kernels NVIDIA's Hopper prefill decides at a head_dim, and in which precision.
+
+    Parameters
+    ----------
+    head_dim : int
+        Of Q and K.
+
+    Returns
+    -------
+    dict
+        Kernel → precisions.  fp16 and bf16 with head_dim 160 to 256 in V too decide on 64 × 64,
+        which no target has.
+
+    Examples
+    --------
+    >>> hopper_prefill(64)
+    {'nvidia-256': 'fp16, bf16 and FP8'}
+    >>> hopper_prefill(128)
+    {'nvidia': 'fp16 and bf16', 'nvidia-256': 'FP8'}
+    """
+    if head_dim <= 64:
+        return {"nvidia-256": "fp16, bf16 and FP8"}
+    if head_dim <= 128:
+        return {"nvidia": "fp16 and bf16", "nvidia-256": "FP8"}
+    return {"nvidia": "FP8, and fp16 and bf16 where V has head_dim 128"}
 
 
 def target(name: str, phase: str) -> Target:
@@ -168,7 +222,8 @@ def target(name: str, phase: str) -> Target:
 
     Parameters
     ----------
-    name : {"ours", "nvidia", "model-optimizer"}
+    name : {"ours", "nvidia", "nvidia-256", "model-optimizer"}
+        Of the kernel.
     phase : {"prefill", "decode"}
 
     Returns
@@ -185,9 +240,8 @@ def target(name: str, phase: str) -> Target:
     >>> target("nvidia", "prefill").tile, target("nvidia", "prefill").order
     ((64, 128), 'ascending')
     """
-    names = tuple(dict.fromkeys(one for one, _ in TARGETS))
-    if name not in names:
-        raise ValueError(f"target must be one of {', '.join(names)}, got {name!r}")
+    if name not in KERNELS:
+        raise ValueError(f"target must be one of {', '.join(KERNELS)}, got {name!r}")
     if phase not in PHASES:
         raise ValueError(f"phase must be one of {', '.join(PHASES)}, got {phase!r}")
     return TARGETS[name, phase]

@@ -8,7 +8,7 @@ from app.sections import section
 from app.wording import code, percent
 from sim.calibration import SPACES
 from sim.calibration_file import to_json
-from sim.engines import ENGINES, decision, export
+from sim.engines import ENGINES, decision, export, head_dim_of, hopper_line
 from sim.evaluation_report import bundled_evaluation
 from sim.targets import PHASES, target
 
@@ -69,13 +69,13 @@ phases = [one for one in PHASES if any(sample.phase == one for sample in maps.sa
 
 with settings_slot:
     phase = choose("Phase", phases, "phase")
-    kernels = [one.name for one in maps.targets if one.phase == phase]
     kernel = choose(
         "Kernel",
-        kernels,
+        list(maps.kernels),
         "for_kernel",
         help="Whose decision grid, visit order and vote: the kernels here; NVIDIA’s on Hopper, "
-        "which engines run; or Model Optimizer’s own calibration.",
+        "which engines run, at larger head_dim (nvidia) or at 32 to 64 and in FP8 (nvidia-256); "
+        "or Model Optimizer’s own calibration.",
     )
     made = target(kernel, phase)
     st.caption(f"{made.description} It decides on {decision(made)}.")
@@ -229,7 +229,11 @@ def other_kernels() -> None:
     )
     with st.spinner("Counting on every kernel’s decisions"):
         misses = calibrations.misses_of(source, phase, wanted, space)
-    st.markdown(words.miss_text(misses, {one: decision(target(one, phase)) for one in kernels}))
+    named = {one.kernel: decision(target(one.kernel, phase)) for one in misses}
+    st.markdown(words.miss_text(misses, named))
+    head_dim = head_dim_of(maps.card)
+    if phase == "prefill" and head_dim is not None:
+        st.markdown(hopper_line(head_dim))
 
 
 section("The same target on another kernel", "misses", ":material/compare_arrows:", other_kernels)

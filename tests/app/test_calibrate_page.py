@@ -227,6 +227,25 @@ def test_uploaded_trace_is_scanned(monkeypatch) -> None:
     assert not [one for one in page.toggle if one.key == "layers"]  # there is one layer
 
 
+def test_head_dim_decides_which_of_nvidias_grids_is_exported(small) -> None:
+    page = upload(open_page(prefill_target="40", decode_target="40", misses="true"), small)
+    assert "At this model's head_dim, 64, NVIDIA's Hopper prefill decides as nvidia-256" in said(
+        page
+    )
+    assert "**nvidia-256**: tiles of 64 × 256" in said(page)
+    choice = next(one for one in page.get("button_group") if one.label == "Kernel")
+    choice.set_value("nvidia").run()
+    (refused,) = [one.value for one in page.info if "calibrate with kernel" in one.value]
+    assert refused.startswith("tensorrt-llm decides prefill at head_dim 64 on tiles of 64 × 256")
+    next(one for one in page.get("button_group") if one.label == "Kernel").set_value("nvidia-256")
+    page.run()
+    assert not page.info
+    assert "tiles of 64 × 256" in page.code[0].value
+    next(one for one in page.get("button_group") if one.label == "Phase").set_value("decode").run()
+    assert not page.info  # the choice outlives the phase, in which it decides as nvidia does
+    assert page.session_state["for_kernel"] == "nvidia-256"
+
+
 @pytest.mark.parametrize(
     ("files", "words_"),
     [
@@ -277,7 +296,7 @@ def test_what_is_chosen_stands_in_the_url_and_an_upload_is_opened(open_page, tmp
     page.get_by_role("slider", name="Target sparsity in prefill").focus()
     page.keyboard.press("ArrowRight")
     page.wait_for_url(re.compile("prefill_target=51"))
-    page.get_by_role("radio", name="nvidia").click()
+    page.get_by_role("radio", name="nvidia", exact=True).click()
     page.wait_for_url(re.compile("for_kernel=nvidia"))
     path = tmp_path / "mine.safetensors"
     path.write_bytes(small)

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from app import command_calibrate
+from app import command_calibrate, options
 from sim import calibration, engines, gap_maps, targets
 from sim.calibration_file import read_calibration, write_calibration
 from sim.traces import bundled, read_trace
@@ -19,8 +19,8 @@ from sim.traces import bundled, read_trace
 def run(*arguments: object) -> int:
     parser = argparse.ArgumentParser()
     command_calibrate.add_parser(parser.add_subparsers())
-    options = parser.parse_args(["calibrate", *map(str, arguments)])
-    return options.run(options)
+    given = parser.parse_args(["calibrate", *map(str, arguments)])
+    return given.run(given)
 
 
 @pytest.fixture(scope="module")
@@ -42,12 +42,12 @@ def report(maps: Path, capsys: pytest.CaptureFixture) -> Any:
 def test_choices_are_those_of_the_simulator() -> None:
     assert command_calibrate.PHASES == targets.PHASES
     assert tuple(engines.ENGINES) == command_calibrate.ENGINES
-    assert set(command_calibrate.KERNELS) == {name for name, _ in targets.TARGETS}
+    assert options.KERNELS == targets.KERNELS
 
 
 def test_json_is_the_calibration(maps: Path, report: Any) -> None:
     read = gap_maps.read_gap_maps(maps)
-    for kernel in command_calibrate.KERNELS:
+    for kernel in options.KERNELS:
         got = report("--kernel", kernel, "--target-sparsity", 0.4)
         one = calibration.calibrate(read, kernel)
         assert got["kernel"] == kernel
@@ -68,11 +68,9 @@ def test_json_is_the_calibration(maps: Path, report: Any) -> None:
                 expected = None if np.isnan(sparsity) else pytest.approx(sparsity)
                 assert at["achieved"] == expected
                 assert at["threshold"] == row["scale_factor"] / at["length"]
-            for line, name in zip(
-                got["miss"][phase], ("ours", "nvidia", "model-optimizer"), strict=True
-            ):
-                assert line["kernel"] == name
-                assert set(line["achieved"]) == set(command_calibrate.KERNELS)
+            for line, other in zip(got["miss"][phase], targets.targets_of(phase), strict=True):
+                assert line["kernel"] == other.name
+                assert list(line["achieved"]) == [one.name for one in targets.targets_of(phase)]
 
 
 def test_the_table_says_what_matters(maps: Path, capsys: pytest.CaptureFixture) -> None:
@@ -88,6 +86,8 @@ def test_the_table_says_what_matters(maps: Path, capsys: pytest.CaptureFixture) 
         f"λ > 1 below {math.ceil(one.fit.scale_factor(0.4))} tokens",
         "layer 12, head 2",
         "on model-optimizer",
+        "nvidia-256: tiles of 64 × 256, ascending, each head for itself",
+        "At this model's head_dim, 64, NVIDIA's Hopper prefill decides as nvidia-256",
     ):
         assert wanted in text
     assert "decode" not in text
@@ -133,7 +133,10 @@ def test_export_and_explain(maps: Path, tmp_path: Path, capsys: pytest.CaptureFi
     out = tmp_path / "calibration.json"
     every = [word for engine in engines.ENGINES for word in ("--engine", engine)]
     wanted = ("prefill=0.4", "decode=0.3")
-    assert run(maps, "--kernel", "nvidia", *every, "--out", out, "--target-sparsity", *wanted) == 0
+    rest = (*every, "--out", out, "--target-sparsity", *wanted)
+    with pytest.raises(ValueError, match=r"at head_dim 64 on tiles of 64 × 256.* nvidia-256$"):
+        run(maps, "--kernel", "nvidia", *rest)
+    assert run(maps, "--kernel", "nvidia-256", *rest) == 0
     printed = capsys.readouterr().out
     one = read_calibration(out)
     factors = one.scale_factor({"prefill": 0.4, "decode": 0.3})
@@ -175,9 +178,22 @@ def test_traces_are_scanned(capsys: pytest.CaptureFixture) -> None:
     assert got["phases"]["prefill"]["lengths"][-1] == 4096
 
 
+@pytest.mark.parametrize("suffix", [".png", ".svg"])
+def test_plot(maps: Path, tmp_path: Path, capsys: pytest.CaptureFixture, suffix: str) -> None:
+    path = tmp_path / f"calibration{suffix}"
+    assert run(maps, "--target-sparsity", "prefill=0.4", "--plot", path) == 0
+    assert f"Written to {path}." in capsys.readouterr().out
+    content = path.read_bytes()
+    if suffix == ".png":
+        assert content.startswith(b"\x89PNG")
+    else:
+        assert "1024 tokens" in content.decode()
+        assert "decode" not in content.decode()
+
+
 def test_ignore_reaches_the_checkpoint_form(maps: Path, report: Any) -> None:
     got = report(
-        "--kernel", "nvidia", "--target-sparsity", 0.3, "--ignore", "model.layers.0.self_attn",
+        "--kernel", "nvidia-256", "--target-sparsity", 0.3, "--ignore", "model.layers.0.self_attn",
         "--engine", "tensorrt-llm-checkpoint", "--engine", "vllm",
     )  # fmt: skip
     assert "model.layers.0.self_attn" in got["exports"]["tensorrt-llm-checkpoint"]
@@ -190,6 +206,10 @@ def test_wrong_kernel_is_refused_before_work(tmp_path: Path) -> None:
         run(absent, "--engine", "vllm")
     with pytest.raises(ValueError, match="out must lie in a folder that exists"):
         run(absent, "--out", tmp_path / "no" / "folder.json")
+    with pytest.raises(ValueError, match="plot must lie in a folder that exists"):
+        run(absent, "--plot", tmp_path / "no" / "plot.png")
+    with pytest.raises(ValueError, match=r"must end in \.svg or \.png, got '.*plot\.pdf'"):
+        run(absent, "--plot", tmp_path / "plot.pdf")
     with pytest.raises(OSError, match=r"absent\.safetensors"):
         run(absent)
 

@@ -5,7 +5,7 @@ from collections.abc import Callable
 import numpy as np
 
 from sim.gap_maps import GapMaps, Sample
-from sim.targets import PHASES, TARGETS
+from sim.targets import PHASES, targets_of
 
 TILES = 2000
 
@@ -37,28 +37,26 @@ def maps_of(
     ]
     arrays = {}
     for sample in samples:
-        for name, phase in TARGETS:
-            if phase == sample.phase:
-                rows = 2 if TARGETS[name, phase].vote == "group" else 4
-                gaps = [
+        for target in targets_of(sample.phase):
+            rows = 2 if target.vote == "group" else 4
+            of = target.name, sample.phase, sample.length, sample.text
+            gap = np.array(
+                [
                     [
-                        gaps_of(
-                            np.exp(ln_a(name, phase, sample.length, sample.text, layer, row)),
-                            b,
-                            sample.length,
-                        )
+                        gaps_of(np.exp(ln_a(*of, layer, row)), b, sample.length)
                         for row in range(rows)
                     ]
                     for layer in layers
-                ]
-                gap = np.array(gaps, np.float32)
-                arrays[sample.name, name] = gap, np.full_like(gap, 1 / TILES)
+                ],
+                np.float32,
+            )
+            arrays[sample.name, target.name] = gap, np.full_like(gap, 1 / TILES)
     return GapMaps(
         tuple(samples),
         layers,
         ("0", "1", "2", "3"),
         ("0", "1"),
-        tuple(target for target in TARGETS.values() if target.phase in phases),
+        targets_of(*phases),
         None,
         {"model": "planted"} if card is None else card,
         arrays,

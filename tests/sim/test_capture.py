@@ -142,7 +142,7 @@ def test_the_card_and_the_record_tell_where_from(machine, tmp_path):
     assert (maps.layers, maps.heads, maps.kv_heads) == ((0, 2), ("3", "4", "5"), ("1",))
     assert maps.card == {
         name: record[name] for name in ("model", "model_config", "command", "date", "versions")
-    } | {"license": "MIT"}
+    } | {"license": "MIT", "head_dim": "16"}
     assert record["model"] == "model.gguf"
     assert record["files"] == [f"{one.name}.safetensors" for one in maps.samples]
     assert record["checks"]["text1-130"] == {"next_token_loss": 1.25, "max_difference": 3e-6}

@@ -343,6 +343,28 @@ def test_model_optimizers_grid_is_the_checkpoints_only(engine: str) -> None:
         export(made, engine, {"decode": 0.5})
 
 
+@pytest.mark.parametrize("engine", ENGINES)
+def test_head_dim_decides_which_grid_is_accepted(engine: str) -> None:
+    made = {
+        (name, dim): calibrate(maps_of(ln_a, b=9.0, card={"head_dim": dim} if dim else {}), name)
+        for name in ("nvidia", "nvidia-256")
+        for dim in ("", "64", "128", "256")
+    }
+    refused = {("nvidia", "64"): "nvidia-256", ("nvidia-256", "256"): "nvidia"}
+    for (name, dim), one in made.items():
+        if (name, dim) in refused:
+            told = rf"prefill at head_dim {dim} on tiles of .* with kernel {refused[name, dim]}$"
+            with pytest.raises(ValueError, match=told):
+                export(one, engine, 0.5)
+            assert read_setting(export(one, engine, {"decode": 0.5})).factor("decode")
+            continue
+        text = export(one, engine, 0.5)
+        if engine == "tensorrt-llm-checkpoint":
+            continue
+        assert f"tiles of 64 × {128 if name == 'nvidia' else 256}, ascending" in text
+        assert (f"At this model's head_dim, {dim}, NVIDIA's" in text) == bool(dim)
+
+
 def test_names_do_not_deceive(nvidia: Calibration) -> None:
     phase = replace(nvidia.phases["prefill"], target=TARGETS["ours", "prefill"])
     claimed = replace(nvidia, phases={"prefill": phase})
@@ -402,6 +424,8 @@ def test_expected_sparsity_of_a_calibration(nvidia: Calibration, ours: Calibrati
     assert told.phases["prefill"].expected_sparsity == pytest.approx(0.6, abs=0.01)
     assert "not that of the engine's kernel" not in " ".join(told.warnings)
     assert "not that of the engine's kernel" in " ".join(explain(text, [65536], ours).warnings)
+    small = replace(nvidia, card={"head_dim": "64"})
+    assert "not that of the engine's kernel" in " ".join(explain(text, [65536], small).warnings)
     outside = explain(text.replace(str(factor), "1e9"), [65536], nvidia).phases["prefill"]
     assert outside.expected_sparsity is None
     assert "outside" in outside.expectation

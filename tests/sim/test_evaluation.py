@@ -200,7 +200,7 @@ def test_the_needle_is_counted_over_texts_and_depths():
 
 def test_the_plot_is_svg_and_shows_every_row():
     report = report_of(made_up(), CARD)
-    root = ElementTree.fromstring(quality_plot(report))
+    root = ElementTree.fromstring(quality_plot(report).svg())
     space = "{http://www.w3.org/2000/svg}"
     assert root.find(f"{space}title").text.endswith("a <model>")
     assert len(root.findall(f"{space}circle")) == len(report["rows"])
@@ -234,7 +234,7 @@ def test_the_recorded_evaluation_is_whole_and_names_no_machine():
         assert sparsity == sorted(sparsity)
         assert divergence == sorted(divergence)
         assert all(len(row["prefill"]["sparsity_of_layers"]) == 30 for row in rows)
-    ElementTree.fromstring(quality_plot(report))
+    ElementTree.fromstring(quality_plot(report).svg())
 
 
 # Measuring, on a tiny random model that is saved as a folder with its tokenizer.

@@ -26,12 +26,11 @@ from sim.gap_maps import (
     tiles_of_row,
 )
 from sim.gap_scans import decode_gaps, prefill_gaps
-from sim.targets import TARGETS
+from sim.targets import TARGETS, targets_of
 from sim.threshold import ln_threshold
 from sim.traces import Trace, bundled, read_trace
 
-PREFILL = [one for one in TARGETS.values() if one.phase == "prefill"]
-DECODE = [one for one in TARGETS.values() if one.phase == "decode"]
+PREFILL, DECODE = targets_of("prefill"), targets_of("decode")
 SCALE = 0.3
 
 
@@ -313,6 +312,50 @@ def test_files_of_one_capture_join(maps, tmp_path):
         read_gap_maps([])
 
 
+def test_files_that_lack_a_kernel_join_without_it(maps, tmp_path):
+    """As when this version goes on with a capture that an older one began."""
+    old, new = (one_sample(maps, i) for i in (0, 2))
+    lacking = tuple(one for one in old.targets if one.name != "nvidia-256")
+    arrays = {key: pair for key, pair in old.arrays.items() if key[1] != "nvidia-256"}
+    paths = [tmp_path / "old.safetensors", tmp_path / "new.safetensors", tmp_path / "decode"]
+    replace(old, targets=lacking, arrays=arrays).write(paths[0])
+    new.write(paths[1])
+    one_sample(maps, 1).write(paths[2])
+    joined = read_gap_maps(paths)
+    assert joined.targets == (*lacking, *DECODE)
+    with pytest.raises(ValueError, match=r"not for nvidia-256 \(prefill\)"):
+        joined.gaps(TARGETS["nvidia-256", "prefill"], new.samples[0], 7)
+    joined.write(tmp_path / "joined")
+    assert read_gap_maps(tmp_path / "joined").samples == joined.samples
+
+
+def test_the_card_states_head_dim(maps):
+    assert maps.card["head_dim"] == "16"
+    wide = replace(made_up_trace(layer="9"), q=np.zeros((4, 700, 8)), k=np.zeros((2, 700, 8)))
+    assert "head_dim" not in GapMaps.from_traces([made_up_trace(), wide], lengths=[130]).card
+
+
+def test_sparsity_counts_the_gaps_below(maps):
+    counted = maps.counted([0.001, 0.01, 0.1])
+    wanted = [0.1, 1e-3, 0.05, 1.0, 0.01, 0.0005, 1e-9, 0.0]  # in no order, some between, some out
+    for sample in maps.samples:
+        for target in targets_of(sample.phase):
+            tiles = tiles_of_row(target, sample)
+            for layer, row in ((7, 0), (9, 1)):
+                index, ln = maps.layers.index(layer), ln_threshold(wanted)
+                gaps = maps.gaps(target, sample, layer)[row]
+                exact = [(gaps < one).sum() / tiles for one in ln]
+                assert maps.sparsity(target, sample, wanted)[index, row].tolist() == exact
+                got = counted.sparsity(target, sample, wanted)[index, row]
+                assert [got[0], got[1], got[4]] == [exact[0], exact[1], exact[4]]
+                assert [got[3], *got[-2:]] == [exact[0], 0, 0]  # nothing is known above the last
+                spread = counted.gaps(target, sample, layer)[row]
+                for lam, share in zip(ln, got, strict=True):
+                    assert abs((spread < lam).sum() - share * tiles) < 0.51
+    with pytest.raises(ValueError, match="no sample 'elsewhere'"):
+        maps.sparsity(TARGETS["ours", "prefill"], replace(maps.samples[0], name="elsewhere"), [0.1])
+
+
 def test_a_folder_is_read_once_it_is_finished(maps, tmp_path):
     names = [f"{sample.name}.safetensors" for sample in maps.samples]
     with pytest.raises(GapMapError, match=r"is no capture: it holds no capture\.json"):
@@ -343,7 +386,7 @@ def test_what_is_not_there_is_named(maps):
         maps.gaps(target, prefill, 8)
     with pytest.raises(ValueError, match="target is for prefill, but the sample is of decode"):
         maps.gaps(target, decode, 7)
-    with pytest.raises(ValueError, match=r"target must be one of ours \(prefill\), .* as these"):
+    with pytest.raises(ValueError, match=r"made for ours \(prefill\), .* tiles of 32 × 128: "):
         maps.mass(replace(target, tile=(32, 128)), prefill, 7)
     with pytest.raises(ValueError, match="no sample 'elsewhere'"):
         maps.gaps(target, replace(prefill, name="elsewhere"), 7)
@@ -634,7 +677,10 @@ def test_bundled_counts_are_those_of_the_bundled_traces():
     maps = read_gap_maps(path)
     assert maps.thresholds == TRIALS
     assert {one.phase for one in maps.samples} == {"prefill", "decode"}
-    assert set(maps.targets) == set(TARGETS.values())
+    without = TARGETS["nvidia-256", "prefill"]  # which came later
+    assert {*maps.targets, without} == set(TARGETS.values())
+    with pytest.raises(ValueError, match=r"not for nvidia-256 \(prefill\) with its tiles of 64 × "):
+        maps.gaps(without, maps.samples[0], 0)
     assert len({one.text for one in maps.samples}) == 5
     assert {"model", "license", "command", "date", "versions"} <= set(maps.card)
     readme = (path.parent / "README.md").read_text(encoding="utf-8")
@@ -648,7 +694,7 @@ def test_bundled_counts_are_those_of_the_bundled_traces():
         scanned = prefill_gaps(
             trace.q, trace.k, PREFILL, softmax_scale=trace.softmax_scale, lengths=[4096]
         )
-        for target in PREFILL:
+        for target in set(PREFILL) & set(maps.targets):
             gaps = scanned[4096, target.name][0]
             bundled_gaps = maps.gaps(target, sample, layer)[:3]
             for one in ln:
