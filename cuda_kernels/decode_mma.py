@@ -84,6 +84,7 @@ from cuda_kernels.ptx.language import (
 
 ROWS = 16  # of a vote group
 WARPS, THREADS = 4, 128
+BLOCKS = 3  # on a multiprocessor, where there is shared memory for them
 SLOT = 16 * THREADS  # bytes of four numbers a thread
 MAXIMA = 4 * WARPS * ROWS  # bytes of the row maxima of one tile
 STATISTICS = 4 * ROWS  # float32 that stand behind a partial result's output: m, l, u of each row
@@ -201,7 +202,7 @@ def make_kernel(head_dim, keys, dtype, skip, with_gap):
     output = ROWS * head_dim  # float32 of a partial result's output
     minus_infinity = -math.inf
 
-    @cuda.jit(launch_bounds=(THREADS, 3))
+    @cuda.jit(launch_bounds=(THREADS, BLOCKS))
     def skip_softmax_decode_mma(
         q,  # [B, Lq, Hq, D], 16 bits
         k, v,  # [pages, page, Hkv, D]; or [B, L, Hkv, D]: one page for each request
@@ -212,7 +213,7 @@ def make_kernel(head_dim, keys, dtype, skip, with_gap):
         partials,  # [vote groups, splits, 16 D + 64] float32; used if splits > 1
         counters,  # [vote groups] int32, 0 before and after
         lse, bound,  # [B, Hq, Lq] float32, results
-        state, gap,  # [B, Hkv, query tiles, key tiles] uint8, float32, results; gaps begin at −inf
+        state, gap,  # [B, Hkv, query tiles, key tiles] uint8, float32, results
         scale, page_shift, by_length, seeds, in_runs, order,  # seeds: 0 or 2; in_runs: of splits
     ):  # fmt: skip
         memory = cuda.shared.array(0, u8, alignment=1024)
@@ -560,5 +561,7 @@ def make_kernel(head_dim, keys, dtype, skip, with_gap):
             i32(n + split * THREADS + i32(thread)), i32(state.shape[3]), i32(splits * THREADS)
         ):
             state[batch, kv_head, q_tile, tile] = u8(0)  # not visited
+            if with_gap:
+                gap[batch, kv_head, q_tile, tile] = f32(minus_infinity)
 
     return skip_softmax_decode_mma
