@@ -88,6 +88,7 @@ BLOCKS = 3  # on a multiprocessor, where there is shared memory for them
 SLOT = 16 * THREADS  # bytes of four numbers a thread
 MAXIMA = 4 * WARPS * ROWS  # bytes of the row maxima of one tile
 STATISTICS = 4 * ROWS  # float32 that stand behind a partial result's output: m, l, u of each row
+TOGETHER = 8  # splits that the merge reads at a time
 LOG2_E = math.log2(math.e)
 BOUND_SAFETY = 1.01  # covers approximate exponentials
 ASCENDING, DESCENDING, ENDS_FIRST = 0, 1, 2
@@ -164,7 +165,7 @@ def end_of(token, lq, length):
 
 @fragment
 def hide(s, blocks, half, column, end):
-    """Hide the scores of the upper (half 0) or lower (2) row from key ``end`` on; count the rest.
+    """Hide the scores of the upper (half 0) or lower (1) row from key ``end`` on; count the rest.
 
     ``column`` is this thread's first key.
     """
@@ -174,14 +175,20 @@ def hide(s, blocks, half, column, end):
             if i32(column + 8 * j + i) < end:
                 seen = f32(seen + f32(1.0))
             else:
-                s[j, half + i] = f32(-math.inf)
+                s[j, 2 * half + i] = f32(-math.inf)
     return seen
 
 
 @fragment
-def weight_of(m, highest, scale):
-    """2**(scale·(m − highest)); 0 where m is −inf."""
-    return ex2(f32((m - highest) * scale)) if m > -math.inf else f32(0.0)
+def largest(x):
+    """Largest of four."""
+    return fmax(fmax(x[0], x[1]), fmax(x[2], x[3]))
+
+
+@fragment
+def total(x):
+    """Sum of four."""
+    return f32(f32(x[0] + x[1]) + f32(x[2] + x[3]))
 
 
 @cache
@@ -194,12 +201,12 @@ def make_kernel(head_dim, keys, dtype, skip, with_gap):
     width = head_dim // 8  # 16-byte chunks in a row
     own = keys // WARPS  # keys of a tile that a warp has
     depths, blocks, v_blocks, pairs = head_dim // 16, own // 8, head_dim // 8, own // 16
-    mine = v_blocks // WARPS  # blocks of columns that a warp finishes
+    mine, couples = v_blocks // WARPS, v_blocks // WARPS // 2  # blocks that a warp finishes; pairs
     ahead = stages(head_dim, keys)
     pending = ahead - 1  # younger copies, when those of a step must be there
     tile_bytes = 2 * keys * head_dim
     slot_bytes = SLOT * (1 + pairs)
-    output = ROWS * head_dim  # float32 of a partial result's output
+    half_output = ROWS // 2 * head_dim  # float32 of a partial result's output, 8 rows
     minus_infinity = -math.inf
 
     @cuda.jit(launch_bounds=(THREADS, BLOCKS))
@@ -272,12 +279,18 @@ def make_kernel(head_dim, keys, dtype, skip, with_gap):
         slot = cuda.local.array(4, u32)  # factors of the output's two rows; pages of K and V
         here = cuda.local.array(2, u32)  # pages of this step's keys,
         coming = cuda.local.array(2, u32)  # and of those that are copied in the next
+        m = cuda.local.array(2, f32)  # of this thread's upper and lower row: running max,
+        l = cuda.local.array(2, f32)  # running sum in its columns,
+        u = cuda.local.array(2, f32)  # bound on what they leave out,
+        t = cuda.local.array(2, f32)  # tile max in its columns,
+        top = cuda.local.array(2, f32)  # and in all,
+        seen = cuda.local.array(2, f32)  # keys of its columns that the row sees
+        alpha = cuda.local.array(2, f32)
         x = cuda.local.array(4, f32)
-        m_upper, m_lower = f32(minus_infinity), f32(minus_infinity)  # of all the split's keys
-        l_upper, l_lower = f32(0.0), f32(0.0)  # of this thread's columns
-        u_upper, u_lower = f32(0.0), f32(0.0)  # likewise
         fill(acc, v_blocks, 0.0)
-        coming[0], coming[1] = u32(0), u32(0)
+        for half in range(2):
+            m[half], l[half], u[half] = f32(minus_infinity), f32(0.0), f32(0.0)
+            coming[half] = u32(0)
 
         # --- Q on its way, to where V will be; rows beyond the last are as the last
         q_row, chunk = u32(thread >> u32(3)), u32(thread & u32(7))
@@ -305,7 +318,7 @@ def make_kernel(head_dim, keys, dtype, skip, with_gap):
             sync_warp()  # this warp's K of this step is there, and V of ``ahead`` steps ago
             if step >= 0:
                 ld_shared_128(slot, at_slot)
-            alpha_upper, alpha_lower = bits_float(slot[0]), bits_float(slot[1])
+            alpha[0], alpha[1] = bits_float(slot[0]), bits_float(slot[1])
             here[0], here[1] = slot[2], slot[3]
             j = tile_of(step, seeds, order, first, stride, count, n)
             key = i32(j * keys + i32(warp * own))
@@ -345,27 +358,26 @@ def make_kernel(head_dim, keys, dtype, skip, with_gap):
                         coming[i] = u32(page_table[batch, page])
 
             # --- row maxima, for the other warps; the mask comes first
-            seen_upper, seen_lower = f32(2 * blocks), f32(2 * blocks)
-            t_upper, t_lower = f32(minus_infinity), f32(minus_infinity)
             row_maxima = u32(maxima + (u32(step) & u32(1)) * u32(MAXIMA) + row * 16)
             if is_live:
-                if i32(j * keys + keys) > end_first:
-                    column = i32(key + i32(2 * quad_lane))
-                    token = quotient(min(i32(row), i32(rows - 1)), group)
-                    end_of_row = end_of(i32(first_token + token), lq, length)
-                    seen_upper = hide(s, blocks, 0, column, end_of_row)
-                    token = quotient(min(i32(row + 8), i32(rows - 1)), group)
-                    end_of_row = end_of(i32(first_token + token), lq, length)
-                    seen_lower = hide(s, blocks, 2, column, end_of_row)
-                t_upper, t_lower = row_max(s, blocks)
-                top_upper, top_lower = quad_max(t_upper), quad_max(t_lower)
-                if quad_lane == 0:
-                    st_shared_32(u32(row_maxima + warp * 4), float_bits(top_upper))
-                    st_shared_32(u32(row_maxima + warp * 4 + 128), float_bits(top_lower))
+                masked = i32(j * keys + keys) > end_first
+                for half in range(2):
+                    seen[half] = f32(2 * blocks)
+                    if masked:
+                        token = quotient(min(i32(row + 8 * half), i32(rows - 1)), group)
+                        end_of_row = end_of(i32(first_token + token), lq, length)
+                        column = i32(key + i32(2 * quad_lane))
+                        seen[half] = hide(s, blocks, half, column, end_of_row)
+                t[0], t[1] = row_max(s, blocks)
+                for half in range(2):
+                    top[half] = quad_max(t[half])
+                    if quad_lane == 0:
+                        at = u32(row_maxima + warp * 4 + 128 * half)
+                        st_shared_32(at, float_bits(top[half]))
 
             # --- acc += P V of the tile ``ahead`` steps ago                        acc [16 rows, D]
             if (waiting >> u32(pending)) & u32(1):
-                scale_rows(acc, v_blocks, alpha_upper, alpha_lower)
+                scale_rows(acc, v_blocks, alpha[0], alpha[1])
                 for i in range(pairs):
                     ld_shared_128(p[i], u32(at_slot + SLOT * (1 + i)))
                     for c in range(v_blocks // 2):
@@ -377,24 +389,22 @@ def make_kernel(head_dim, keys, dtype, skip, with_gap):
             kept = u32(0)
             if is_live:
                 cuda.syncthreads()  # all row maxima are there, and V of that tile is done with
-                ld_shared_4f(x, row_maxima)
-                top_upper = fmax(fmax(x[0], x[1]), fmax(x[2], x[3]))
-                ld_shared_4f(x, u32(row_maxima + 128))
-                top_lower = fmax(fmax(x[0], x[1]), fmax(x[2], x[3]))
+                rise = f32(minus_infinity)
+                for half in range(2):  # fmax leaves out −inf − −inf: a row that has seen nothing
+                    ld_shared_4f(x, u32(row_maxima + 128 * half))
+                    top[half] = largest(x)
+                    rise = fmax(rise, f32(top[half] - m[half]))
+                rise = f32(rise * scale)
                 if step >= seeds:
-                    # --- the vote; fmax leaves out −inf − −inf: a row that has seen nothing yet
                     kept = u32(1)
-                    if skip or with_gap:
-                        rise = fmax(f32(minus_infinity), f32(top_upper - m_upper))
-                        rise = f32(fmax(rise, f32(top_lower - m_lower)) * scale)
-                        if with_gap:
-                            highest = rise
-                            for i in range(3):
-                                highest = fmax(highest, shfl_bfly_f32(highest, u32(4 << i)))
-                            if thread == 0:
-                                gap[batch, kv_head, q_tile, j] = highest
-                        if skip:
-                            kept = u32(1 - vote_all(u32(rise < ln_lam)))
+                    if with_gap:
+                        highest = rise
+                        for i in range(3):
+                            highest = fmax(highest, shfl_bfly_f32(highest, u32(4 << i)))
+                        if thread == 0:
+                            gap[batch, kv_head, q_tile, j] = highest
+                    if skip:
+                        kept = u32(1 - vote_all(u32(rise < ln_lam)))
                     if thread == 0:
                         state[batch, kv_head, q_tile, j] = u8(2 - kept)
                 if kept:
@@ -402,32 +412,28 @@ def make_kernel(head_dim, keys, dtype, skip, with_gap):
                         u32(v_warp + at_tile), global_address(v, (0, 0, kv_head, 0)), here, key,
                         end, mask, u64(v.strides[0]), u64(v.strides[1]), own, width, lane,
                     )  # fmt: skip
-                if kept or step < seeds:
-                    old_upper, old_lower = m_upper, m_lower
-                    m_upper, m_lower = fmax(m_upper, top_upper), fmax(m_lower, top_lower)
-                if kept:
                     # --- online softmax
-                    top_upper = f32(m_upper * scale_log2) if m_upper > minus_infinity else f32(0.0)
-                    top_lower = f32(m_lower * scale_log2) if m_lower > minus_infinity else f32(0.0)
-                    alpha_upper = ex2(f32(old_upper * scale_log2 - top_upper))
-                    alpha_lower = ex2(f32(old_lower * scale_log2 - top_lower))
-                    seen_upper, seen_lower = exp2_rows(s, blocks, scale_log2, top_upper, top_lower)
-                    l_upper = f32(l_upper * alpha_upper + seen_upper)
-                    l_lower = f32(l_lower * alpha_lower + seen_lower)
-                    u_upper, u_lower = f32(u_upper * alpha_upper), f32(u_lower * alpha_lower)
+                    for half in range(2):
+                        old = f32(m[half] * scale_log2)
+                        m[half] = fmax(m[half], top[half])
+                        new = f32(m[half] * scale_log2) if m[half] > minus_infinity else f32(0.0)
+                        top[half], alpha[half] = new, ex2(f32(old - new))
+                    t[0], t[1] = exp2_rows(s, blocks, scale_log2, top[0], top[1])
+                    for half in range(2):
+                        l[half] = f32(l[half] * alpha[half] + t[half])
+                        u[half] = f32(u[half] * alpha[half])
+                        slot[half] = float_bits(alpha[half])
                     pack_rows(p, s, blocks, dtype)
                     for i in range(pairs):
                         st_shared_128(u32(at_slot + SLOT * (1 + i)), p[i])
-                    slot[0], slot[1] = float_bits(alpha_upper), float_bits(alpha_lower)
-                elif step >= seeds:  # all we know of the tile bounds its weight
-                    if seen_upper > 0:
-                        u_upper = f32(
-                            u_upper + seen_upper * ex2(f32((t_upper - m_upper) * scale_log2))
-                        )
-                    if seen_lower > 0:
-                        u_lower = f32(
-                            u_lower + seen_lower * ex2(f32((t_lower - m_lower) * scale_log2))
-                        )
+                elif step < seeds:
+                    for half in range(2):
+                        m[half] = fmax(m[half], top[half])
+                else:  # all we know of the tile bounds its weight
+                    for half in range(2):
+                        weight = ex2(f32((t[half] - m[half]) * scale_log2))
+                        if seen[half] > 0:
+                            u[half] = f32(u[half] + seen[half] * weight)
             st_shared_128(at_slot, slot)
             cp_async_commit()
             waiting = u32((waiting << u32(1)) | kept)
@@ -439,56 +445,47 @@ def make_kernel(head_dim, keys, dtype, skip, with_gap):
         for block in range(v_blocks):
             at = u32(base + (warp * u32(v_blocks) + u32(block)) * 512 + lane * 16)
             st_shared_4f(at, acc[block])
-        l_upper, l_lower = quad_sum(l_upper), quad_sum(l_lower)
-        u_upper, u_lower = quad_sum(u_upper), quad_sum(u_lower)
         sums = u32(maxima + row * 16)  # of l; those of u behind it
-        if quad_lane == 0:
-            st_shared_32(u32(sums + warp * 4), float_bits(l_upper))
-            st_shared_32(u32(sums + warp * 4 + 128), float_bits(l_lower))
-            st_shared_32(u32(sums + warp * 4 + MAXIMA), float_bits(u_upper))
-            st_shared_32(u32(sums + warp * 4 + MAXIMA + 128), float_bits(u_lower))
+        for half in range(2):
+            l[half], u[half] = quad_sum(l[half]), quad_sum(u[half])
+            if quad_lane == 0:
+                st_shared_32(u32(sums + warp * 4 + 128 * half), float_bits(l[half]))
+                st_shared_32(u32(sums + warp * 4 + 128 * half + MAXIMA), float_bits(u[half]))
         cuda.syncthreads()
-        ld_shared_4f(x, sums)
-        l_upper = f32(f32(x[0] + x[1]) + f32(x[2] + x[3]))
-        ld_shared_4f(x, u32(sums + 128))
-        l_lower = f32(f32(x[0] + x[1]) + f32(x[2] + x[3]))
-        ld_shared_4f(x, u32(sums + MAXIMA))
-        u_upper = f32(f32(f32(x[0] + x[1]) + f32(x[2] + x[3])) * f32(BOUND_SAFETY))
-        ld_shared_4f(x, u32(sums + MAXIMA + 128))
-        u_lower = f32(f32(f32(x[0] + x[1]) + f32(x[2] + x[3])) * f32(BOUND_SAFETY))
+        for half in range(2):
+            ld_shared_4f(x, u32(sums + 128 * half))
+            l[half] = total(x)
+            ld_shared_4f(x, u32(sums + 128 * half + MAXIMA))
+            u[half] = f32(total(x) * f32(BOUND_SAFETY))
         fill(acc, mine, 0.0)
         for other in range(WARPS):
             for c in range(mine):
-                block = u32(warp * u32(mine) + u32(c))
-                at = u32(base + (u32(other * v_blocks) + block) * 512 + lane * 16)
-                ld_shared_4f(x, at)
+                block = u32(u32(other * v_blocks) + warp * u32(mine) + u32(c))
+                ld_shared_4f(x, u32(base + block * 512 + lane * 16))
                 for i in range(4):
                     acc[c, i] = f32(acc[c, i] + x[i])
 
         # --- several splits: leave what there is; the last block of the vote group merges
         vote_group = i32(batch * i32(cuda.gridDim.y) + i32(cuda.blockIdx.y))
+        mine_at = i32(i32(warp * u32(mine * 64)) + i32(lane * 4))  # of 8 rows × D
         finish = u32(1)
         if splits > 1:
-            at_output = i32(i32(warp * u32(mine * 128)) + i32(lane * 4))
-            for c in range(mine):
-                for i in range(4):
-                    slot[i] = float_bits(acc[c, i])
-                to_output = (vote_group, split, i32(at_output + 128 * c))
-                st_global_128(global_address(partials, to_output), slot)
-            if warp == 0 and quad_lane == 0:
-                slot[0], slot[1] = float_bits(m_upper), float_bits(l_upper)
-                slot[2], slot[3] = float_bits(u_upper), u32(0)
-                to_row = (vote_group, split, i32(output + i32(4 * row)))
-                st_global_128(global_address(partials, to_row), slot)
-                slot[0], slot[1] = float_bits(m_lower), float_bits(l_lower)
-                slot[2] = float_bits(u_lower)
-                to_row = (vote_group, split, i32(output + i32(4 * row) + 32))
-                st_global_128(global_address(partials, to_row), slot)
+            for half in range(2):
+                if i32(8 * half) < rows:
+                    for c in range(couples):
+                        for i in range(4):
+                            slot[i] = float_bits(acc[2 * c + i // 2, 2 * half + i % 2])
+                        to_output = (vote_group, split, i32(mine_at + half * half_output + 128 * c))
+                        st_global_128(global_address(partials, to_output), slot)
+                if warp == 0 and quad_lane == 0:
+                    slot[0], slot[1] = float_bits(m[half]), float_bits(l[half])
+                    slot[2], slot[3] = float_bits(u[half]), u32(0)
+                    to_row = (vote_group, split, i32(2 * half_output + 32 * half + i32(4 * row)))
+                    st_global_128(global_address(partials, to_row), slot)
             fence_gpu()
             cuda.syncthreads()
             if thread == 0:
-                before = cuda.atomic.add(counters, vote_group, 1)
-                st_shared_32(maxima, u32(before))
+                st_shared_32(maxima, u32(cuda.atomic.add(counters, vote_group, 1)))
             cuda.syncthreads()
             finish = u32(1) if i32(ld_shared_32(maxima)) == i32(splits - 1) else u32(0)
         if finish and splits > 1:
@@ -496,71 +493,65 @@ def make_kernel(head_dim, keys, dtype, skip, with_gap):
             if thread == 0:
                 counters[vote_group] = 0
             for i in range(i32(thread), i32(splits * ROWS), THREADS):  # [splits, 16 rows] m, l, u
-                from_row = (vote_group, i >> 4, output + 4 * (i & 15))
+                from_row = (vote_group, i >> 4, 2 * half_output + 4 * (i & 15))
                 ld_global_128(slot, global_address(partials, from_row))
                 st_shared_128(u32(base + u32(i) * 16), slot)
             cuda.syncthreads()
-            m_upper, m_lower = f32(minus_infinity), f32(minus_infinity)
-            for i in range(splits):
-                at = u32(base + (u32(i * ROWS) + row) * 16)
-                ld_shared_4f(x, at)
-                m_upper = fmax(m_upper, x[0])
-                ld_shared_4f(x, u32(at + 128))
-                m_lower = fmax(m_lower, x[0])
-            l_upper, l_lower = f32(0.0), f32(0.0)
-            u_upper, u_lower = f32(0.0), f32(0.0)
+            part = cuda.local.array((TOGETHER, couples, 4), u32)
             fill(acc, mine, 0.0)
-            part = cuda.local.array((4, mine, 4), u32)  # of four splits at a time
-            for i in range(0, splits, 4):
-                for other in range(4):
-                    from_split = i32(min(i32(i + other), i32(splits - 1)))
-                    for c in range(mine):
-                        at_output = i32(i32((warp * u32(mine) + u32(c)) * 128) + i32(lane * 4))
-                        from_output = (vote_group, from_split, at_output)
-                        ld_global_128(part[other, c], global_address(partials, from_output))
-                for other in range(4):
-                    if i32(i + other) < splits:
-                        at = u32(base + (u32(i32(i + other) * ROWS) + row) * 16)
-                        ld_shared_4f(x, at)
-                        upper = weight_of(x[0], m_upper, scale_log2)
-                        l_upper, u_upper = f32(l_upper + upper * x[1]), f32(u_upper + upper * x[2])
-                        ld_shared_4f(x, u32(at + 128))
-                        lower = weight_of(x[0], m_lower, scale_log2)
-                        l_lower, u_lower = f32(l_lower + lower * x[1]), f32(u_lower + lower * x[2])
-                        for c in range(mine):
-                            for z in range(2):
-                                upper_part = bits_float(part[other, c, z])
-                                lower_part = bits_float(part[other, c, z + 2])
-                                acc[c, z] = f32(acc[c, z] + upper * upper_part)
-                                acc[c, z + 2] = f32(acc[c, z + 2] + lower * lower_part)
+            for half in range(2):
+                at_row = u32(base + (row + 8 * half) * 16)
+                m[half], l[half], u[half] = f32(minus_infinity), f32(0.0), f32(0.0)
+                for i in range(splits):
+                    ld_shared_4f(x, u32(at_row + u32(i) * 256))
+                    m[half] = fmax(m[half], x[0])
+                if i32(8 * half) < rows:
+                    for i in range(0, splits, TOGETHER):
+                        for z in range(TOGETHER):
+                            from_split = i32(min(i32(i + z), i32(splits - 1)))
+                            for c in range(couples):
+                                at_output = i32(mine_at + half * half_output + 128 * c)
+                                from_output = (vote_group, from_split, at_output)
+                                ld_global_128(part[z, c], global_address(partials, from_output))
+                        for z in range(TOGETHER):
+                            if i32(i + z) < splits:
+                                ld_shared_4f(x, u32(at_row + u32(i + z) * 256))
+                                weight = f32(0.0)
+                                if x[0] > minus_infinity:
+                                    weight = ex2(f32((x[0] - m[half]) * scale_log2))
+                                l[half] = f32(l[half] + weight * x[1])
+                                u[half] = f32(u[half] + weight * x[2])
+                                for c in range(mine):
+                                    for w in range(2):
+                                        mine_of = bits_float(part[z, c // 2, 2 * (c % 2) + w])
+                                        acc[c, 2 * half + w] = f32(
+                                            acc[c, 2 * half + w] + weight * mine_of
+                                        )
 
         # --- out
-        if finish:
-            for half in range(2):
-                l = l_lower if half else l_upper
-                u = u_lower if half else u_upper
-                m = m_lower if half else m_upper
-                over = rcp(l) if l > 0 else f32(0.0)
-                my_row = i32(i32(row) + 8 * half)
-                if my_row < rows:
-                    token = quotient(my_row, group)
-                    head = i32(kv_head * group + my_row - token * group)
-                    token = i32(first_token + token)
-                    for c in range(mine):
-                        two = pack(
-                            f32(acc[c, 2 * half] * over), f32(acc[c, 2 * half + 1] * over), dtype
-                        )
-                        column = i32(8 * i32(warp * u32(mine) + u32(c)) + i32(2 * quad_lane))
-                        st_global_32(global_address(out, (batch, token, head, column)), two)
-                    if warp == 0 and quad_lane == 0:
-                        lse[batch, head, token] = (
-                            f32(m * scale + math.log(l)) if l > 0 else f32(minus_infinity)
-                        )
-                        bound[batch, head, token] = u * rcp(f32(l + u)) if u > 0 else f32(0.0)
-        for tile in range(
-            i32(n + split * THREADS + i32(thread)), i32(state.shape[3]), i32(splits * THREADS)
-        ):
-            state[batch, kv_head, q_tile, tile] = u8(0)  # not visited
+        for half in range(2):
+            my_row = i32(i32(row) + 8 * half)
+            if finish and my_row < rows:
+                token = quotient(my_row, group)
+                head = i32(kv_head * group + my_row - token * group)
+                token = i32(first_token + token)
+                over = rcp(l[half]) if l[half] > 0 else f32(0.0)
+                for c in range(mine):
+                    column = i32(i32(8 * (warp * u32(mine) + u32(c))) + i32(2 * quad_lane))
+                    two = pack(
+                        f32(acc[c, 2 * half] * over), f32(acc[c, 2 * half + 1] * over), dtype
+                    )
+                    st_global_32(global_address(out, (batch, token, head, column)), two)
+                if warp == 0 and quad_lane == 0:
+                    reached = f32(minus_infinity)
+                    if l[half] > 0:
+                        reached = f32(m[half] * scale + math.log(l[half]))
+                    lse[batch, head, token] = reached
+                    share = u[half] * rcp(f32(l[half] + u[half])) if u[half] > 0 else f32(0.0)
+                    bound[batch, head, token] = share
+        first_tile = i32(n + split * THREADS + i32(thread))
+        for tile in range(first_tile, i32(state.shape[3]), i32(splits * THREADS)):  # not visited
+            state[batch, kv_head, q_tile, tile] = u8(0)
             if with_gap:
                 gap[batch, kv_head, q_tile, tile] = f32(minus_infinity)
 
