@@ -301,8 +301,10 @@ def _parser() -> argparse.ArgumentParser:
     kernels.set_defaults(run=_kernels)
 
     bench = commands.add_parser("bench", help="time kernels on this machine's GPU")
-    bench.add_argument("what", choices=["prefill"])
-    bench.add_argument("--quick", action="store_true", help="16K tokens only, about a minute")
+    bench.add_argument("what", choices=["prefill", "decode"])
+    bench.add_argument(
+        "--quick", action="store_true", help="16K tokens, or caches with heads first, alone"
+    )
     bench.add_argument("--json", action="store_true", help="print JSON")
     bench.set_defaults(run=_bench)
 
@@ -320,9 +322,13 @@ def _kernels(options: argparse.Namespace) -> int:
 
 def _bench(options: argparse.Namespace) -> int:
     from cuda_kernels.benchmark import bench_prefill, table
+    from cuda_kernels.benchmark_decode import bench_decode, decode_table
 
-    record = bench_prefill(quick=options.quick, progress=sys.stderr.isatty())
-    print(json.dumps(record, indent=2) if options.json else table(record))
+    measure, lay_out = (
+        (bench_prefill, table) if options.what == "prefill" else (bench_decode, decode_table)
+    )
+    record = measure(quick=options.quick, progress=sys.stderr.isatty())
+    print(json.dumps(record, indent=2) if options.json else lay_out(record))
     return 0
 
 
