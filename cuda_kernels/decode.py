@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike
 
 from cuda_kernels import arrays
+from cuda_kernels.attention import MAX_PLANS, _known
 from cuda_kernels.backends import TENSOR_CORES, detect
 from cuda_kernels.checks import check_alike, check_heads, check_out
 from cuda_kernels.decode_plan import (
@@ -24,6 +26,7 @@ from sim.geometry import MAX_LENGTH, check_order
 from sim.scores import check_scale
 from sim.threshold import from_scale_factor, resolve
 
+_PLANS: OrderedDict[Any, DecodePlan] = OrderedDict()
 PAGES = (16, 64, 128)
 MAX_QUERY_TOKENS = 8
 LAYOUTS = {
@@ -141,17 +144,33 @@ def skip_softmax_decode(
     >>> out.shape, report.state.shape, report.bytes.v
     ((1, 1, 4, 64), (1, 2, 1, 2), 25600)
     """
-    tensors, settings = _prepare(
-        q, k, v, seq_lens, page_table, layout, threshold, threshold_scale_factor, keys, order,
-        splits, split_layout, seeded, softmax_scale, out, workspace, gap, check, emulate,
-    )  # fmt: skip
-    if emulate:
-        report = emulated(tensors, settings, workspace)
-    else:
+    rule = threshold if threshold_scale_factor is None else threshold_scale_factor
+    changes: dict[str, Any] = {"seq_lens": seq_lens, "page_table": page_table, "out": out}
+    if _on_gpu(rule):
+        changes["threshold"] = rule
+    known = None
+    if not (emulate or check or workspace is not None):
+        fixed = (
+            layout, keys, order, splits, split_layout, seeded, softmax_scale, gap,
+            threshold_scale_factor is None, None if "threshold" in changes else rule,
+        )  # fmt: skip
+        known = _known((q, k, v, *changes.values()), fixed)
+    plan = _PLANS.get(known) if known is not None else None
+    if plan is None:
+        tensors, settings = _prepare(
+            q, k, v, seq_lens, page_table, layout, threshold, threshold_scale_factor, keys, order,
+            splits, split_layout, seeded, softmax_scale, out, workspace, gap, check, emulate,
+        )  # fmt: skip
+        if emulate:
+            report = emulated(tensors, settings, workspace)
+            return (tensors["out"], report) if return_report else tensors["out"]
         plan = DecodePlan(tensors, settings, workspace)
-        plan(q, k, v, out=tensors["out"])
-        report = plan.report
-    return (tensors["out"], report) if return_report else tensors["out"]
+        if known is not None:
+            _PLANS[known] = plan
+            while len(_PLANS) > MAX_PLANS:
+                _PLANS.popitem(last=False)
+        changes = {"out": tensors["out"]}
+    return plan.fresh(q, k, v, **changes) if return_report else plan(q, k, v, **changes)
 
 
 def skip_softmax_decode_plan(

@@ -22,13 +22,15 @@ As maxima are shared, sums and output of the four warps simply add up at the end
 V is asked for as soon as its tile is kept and used ``stages`` steps later, by when the wait for K
 has covered it: nobody ever waits for V as such, and up to ``stages`` tiles of each are under way.
 P lies in shared memory meanwhile, each thread's own registers in a slot of its own, and with it
-what the output is to be multiplied with first.  About 64 KB are asked for per block, three blocks
-share a multiprocessor of Hopper.
+what the output is to be multiplied with first.  48 to 64 KB are asked for per block, and two or
+three blocks share a multiprocessor of Hopper.
 
 A seeded split first multiplies the K of tile 0 and of the newest tile, for their row maxima alone.
 The blocks of one vote group leave l, u and acc, all relative to their own m; whichever comes last
 (it counts) merges them in the order of the splits, so that the result does not depend on who that
-was.  A merging kernel of its own would have more threads, but is one launch more for every layer.
+was.  A merging kernel of its own would read partial results with more threads, but is one launch
+more for every layer; what ``skip-softmax bench decode`` says of batch 1, where splits are most, is
+to decide it.
 """
 
 import math

@@ -217,13 +217,14 @@ class DecodeReport:
         row = 2 * asked.head_dim
         computed = arrays.to_numpy(self.state) == COMPUTED
         entries = 0 if asked.page is None else int((-(-ends // asked.page)).sum())
-        written = asked.groups * asked.splits * asked.partial if asked.splits > 1 else 0
+        rows = np.diff(last, prepend=0) * asked.group  # of each query tile; 8 are written together
+        written = int((-(-rows // 8) * 8 * asked.head_dim + 4 * ROWS).sum()) * asked.splits
         return DecodeBytes(
             k=row * asked.kv_heads * int(seen.sum()),
             v=row * int((computed * seen[:, None]).sum()),
             dense_v=row * asked.kv_heads * int(seen.sum()),
             page_table=4 * asked.kv_heads * entries,
-            partials=2 * 4 * written,
+            partials=2 * 4 * asked.batch * asked.kv_heads * written if asked.splits > 1 else 0,
         )
 
 
@@ -259,14 +260,14 @@ class DecodePlan:
         self._own = {name: tensors[name] for name in _NAMES[4:]}
         self._is_torch = arrays.library_of(q) == "torch"
         self._forms = {name: _form(tensors[name]) for name in _NAMES}
-        results = _results(self.report, q)
-        self._kept = workspace, results
+        self._results = _results(self.report, q)
+        self._workspace = workspace
         partials, counters = _parts_of_workspace(settings)
         start = arrays.layout(workspace)[1]
         at_counters = start + 4 * settings.groups * settings.splits * settings.partial
         if settings.splits == 1:
             at_counters = start
-        self._addresses = [start, at_counters, *(arrays.layout(x)[1] for x in results)]
+        self._workspace_at = [start, at_counters]
         self._launcher = Launcher(
             load(kernel, SIGNATURE, shared, cuda.get_current_device().id),
             _grid(settings),
@@ -275,7 +276,7 @@ class DecodePlan:
             *(_abi(tensors[name]) for name in _NAMES),
             (partials, _strides(partials), 4),
             (counters, _strides(counters), 4),
-            *(_abi(x) for x in results),
+            *(_abi(x) for x in self._results),
             *_scalars(settings, ctypes.c_float, ctypes.c_uint8, ctypes.c_int32),
         )
 
@@ -303,13 +304,35 @@ class DecodePlan:
         ValueError
             If an array has another shape, other strides, another dtype or device.
         """
+        given = self._given(q, k, v, out, seq_lens, page_table, threshold)
+        self._launch(given, self._results)
+        if seq_lens is not None or threshold is not None:
+            self.report = replace(self.report, seq_lens=given["seq_lens"], given=given["threshold"])
+        return given["out"]
+
+    def fresh(
+        self, q: Any, k: Any, v: Any, *, seq_lens: Any = None, page_table: Any = None,
+        threshold: Any = None, out: Any = None,
+    ) -> tuple[Any, DecodeReport]:  # fmt: skip
+        """Launch, and return the output and a report of its own."""
+        given = self._given(q, k, v, out, seq_lens, page_table, threshold)
+        report = make_report(given, self.settings, self.report.backend)
+        self._launch(given, _results(report, q))
+        return given["out"], report
+
+    def _given(
+        self, q: Any, k: Any, v: Any, out: Any, seq_lens: Any, page_table: Any, threshold: Any
+    ) -> dict[str, Any]:
+        """Put a call's arrays in place of the plan's."""
         if self.settings.layout == "HND":
             k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)
         if out is None:
             out = arrays.empty_like(q, q.shape)
         given = {"q": q, "k": k, "v": v, "out": out, **self._own}
         changed = {"page_table": page_table, "seq_lens": seq_lens, "threshold": threshold}
-        given |= {name: x for name, x in changed.items() if x is not None}
+        return given | {name: x for name, x in changed.items() if x is not None}
+
+    def _launch(self, given: dict[str, Any], results: tuple[Any, ...]) -> None:
         addresses = []
         for name, x in given.items():
             shape, strides, dtype, device = self._forms[name]
@@ -327,10 +350,9 @@ class DecodePlan:
         for name, at in zip(_NAMES[:4], addresses, strict=False):
             if at & 15:
                 raise ValueError(f"{name} must start at a multiple of 16 bytes, got 0x{at:x}")
-        self._launcher(arrays.current_stream(q), *addresses, *self._addresses)
-        if seq_lens is not None or threshold is not None:
-            self.report = replace(self.report, seq_lens=given["seq_lens"], given=given["threshold"])
-        return out
+        addresses += self._workspace_at
+        addresses += (arrays.address(x) for x in results)
+        self._launcher(arrays.current_stream(given["q"]), *addresses)
 
 
 def emulated(

@@ -1,12 +1,18 @@
 """The decode kernel and its door: emulated on any machine, and on a GPU, against the simulator."""
 
+import ctypes
+import re
+from types import SimpleNamespace
+
 import decode_cases
 import numpy as np
 import pytest
 from decode_cases import CASES, DecodeCase, random_case, run
 
 from cuda_kernels import arrays, detect, skip_softmax_decode, skip_softmax_decode_plan
+from cuda_kernels.decode_mma import SIGNATURE
 from cuda_kernels.decode_plan import choose_splits
+from cuda_kernels.emulator import emulate
 
 
 def name(case):
@@ -201,6 +207,66 @@ def test_splits_fill_the_gpu_and_have_tiles_enough(groups, tiles, splits):
     assert choose_splits(groups, tiles, 396) == splits
     waves = groups * splits / 396
     assert waves / np.ceil(waves) >= 0.85 or tiles < 4 * 396 / groups
+
+
+class ImitatedLauncher:
+    """Makes arrays of the addresses that a driver would be given, and lets the emulator run."""
+
+    def __init__(self, compiled, grid, threads, shared, *args):
+        self.launch, self.args = (compiled, grid, threads), args
+        self.shared = shared
+
+    def __call__(self, stream, *addresses):
+        left = iter(addresses)
+        kinds = re.findall(r"(\w+)(?:\[[^]]*\])?(?:, |\))", SIGNATURE)
+        values = []
+        for kind, argument in zip(kinds, self.args, strict=True):
+            if not isinstance(argument, tuple):
+                values.append(argument.value)
+                continue
+            shape, strides, item = argument
+            span = sum((n - 1) * stride for n, stride in zip(shape, strides, strict=True)) + item
+            memory = (ctypes.c_char * span).from_address(next(left))
+            values.append(np.ndarray(shape, kind, memory, 0, strides))
+        assert next(left, None) is None
+        emulate(*self.launch, *values, shared_bytes=self.shared)
+
+
+@pytest.fixture
+def imitated_gpu(monkeypatch):
+    cuda = pytest.importorskip("numba.cuda", reason="Numba has no wheel here")
+    monkeypatch.setattr(cuda, "get_current_device", lambda: SimpleNamespace(id=0))
+    monkeypatch.setattr("cuda_kernels.launch.load", lambda kernel, *_: kernel)
+    monkeypatch.setattr("cuda_kernels.launch.Launcher", ImitatedLauncher)
+    monkeypatch.setattr("cuda_kernels.decode._check_gpu", lambda q: None)
+    monkeypatch.setattr(arrays, "address", lambda x: arrays.layout(x)[1])
+
+
+def test_a_plan_hands_over_what_the_emulator_was_given(imitated_gpu):
+    case = DecodeCase(
+        "plan", lens=(70, 20), group=2, page=16, layout="HND", splits=2, seeded=True
+    )  # fmt: skip
+    q, k, v = (x.astype(np.float16) for x in case.tensors())
+    (k, table), (v, _) = case.cache(k, fill=0), case.cache(v, fill=0)
+    lens, lam = np.array(case.lens, np.int32), np.full((2, 1), 0.3, np.float32)
+    how = {"page_table": table, "layout": "HND", "splits": 2}
+    plan = skip_softmax_decode_plan(q, k, v, seq_lens=lens, threshold=0.01, **how)
+    out = np.full_like(q, np.nan)
+    assert plan(q, k, v, seq_lens=lens, threshold=lam, out=out) is out
+    same, report = skip_softmax_decode(
+        q, k, v, seq_lens=lens, threshold=lam, **how, emulate=True, return_report=True
+    )
+    assert out.tobytes() == same.tobytes()
+    for mine, other in zip(fields(plan.report), fields(report), strict=True):
+        assert mine is other is None or mine.tobytes() == other.tobytes()
+    assert (plan.report.threshold == report.threshold).all()
+    assert plan.report.bytes == report.bytes
+    assert report.bytes.page_table == 4 * (5 + 2)
+    assert report.bytes.partials == 2 * 4 * 2 * 2 * (8 * 64 + 64)
+    with pytest.raises(ValueError, match="k must be as planned"):
+        plan(q, k[1:], v)
+    with pytest.raises(ValueError, match="seq_lens must be as planned"):
+        plan(q, k, v, seq_lens=lens[:1])
 
 
 # --- on a GPU
