@@ -152,7 +152,8 @@ def skip_softmax_decode(
     if not (emulate or check or workspace is not None):
         fixed = (
             layout, keys, order, splits, split_layout, seeded, softmax_scale, gap,
-            threshold_scale_factor is None, None if "threshold" in changes else rule,
+            threshold is None, threshold_scale_factor is None,
+            None if "threshold" in changes else rule,
         )  # fmt: skip
         known = _known((q, k, v, *changes.values()), fixed)
     plan = _PLANS.get(known) if known is not None else None

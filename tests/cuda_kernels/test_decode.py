@@ -269,6 +269,38 @@ def test_a_plan_hands_over_what_the_emulator_was_given(imitated_gpu):
         plan(q, k, v, seq_lens=lens[:1])
 
 
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        ({"seq_lens": np.array([50, 101], np.int32)}, "got 101 for request 1"),
+        ({"threshold": np.full((2, 2), 1.5, np.float32)}, "threshold must be at most 1 in decode"),
+        (
+            {**BATCH_OF_PAGES, "page_table": np.array([[0, 1], [-1, 3]], np.int32),
+             "seq_lens": np.array([20, 32], np.int32)},
+            "got -1 for page 0 of request 1",
+        ),
+    ],
+)  # fmt: skip
+def test_what_lies_on_the_gpu_is_looked_at_only_when_asked(
+    change, sentence, imitated_gpu, monkeypatch
+):
+    monkeypatch.setattr("cuda_kernels.decode._on_gpu", lambda x: isinstance(x, np.ndarray))
+    arguments = {"q": Q, "k": K, "v": K, "threshold": 0.1, "splits": 1, **change}
+    assert skip_softmax_decode_plan(**arguments).settings.skips
+    with pytest.raises(ValueError, match=sentence):
+        skip_softmax_decode_plan(**arguments, check=True)
+
+
+def test_arrays_on_the_gpu_must_have_the_kernels_types(imitated_gpu, monkeypatch):
+    monkeypatch.setattr("cuda_kernels.decode._on_gpu", lambda x: isinstance(x, np.ndarray))
+    with pytest.raises(ValueError, match=r"seq_lens must be int32 \[2\], got int64"):
+        skip_softmax_decode_plan(Q, K, K, seq_lens=np.array([50, 50]), threshold=0.1, splits=1)
+    with pytest.raises(
+        ValueError, match=r"threshold on a GPU must be float32 \[2, 2\], got float64"
+    ):
+        skip_softmax_decode_plan(Q, K, K, threshold=np.full((2, 2), 0.1), splits=1)
+
+
 # --- on a GPU
 
 needs_gpu = pytest.mark.gpu
