@@ -311,9 +311,12 @@ def _parser() -> argparse.ArgumentParser:
         metavar="NAME",
         help="a kernel of ours; default: all that run",
     )
+    decode = kinds.add_parser("decode", help="ours against reading the cache alone")
+    decode.add_argument("--quick", action="store_true", help="caches with heads first alone")
     launch = kinds.add_parser("launch", help="what a call costs the host")
     launch.add_argument("--calls", type=int, default=10_000, metavar="N", help="of each kind")
-    for one, run in ((prefill, _bench_prefill), (launch, _bench_launch)):
+    runs = ((prefill, _bench_prefill), (decode, _bench_decode), (launch, _bench_launch))
+    for one, run in runs:
         one.add_argument("--json", action="store_true", help="print JSON")
         one.set_defaults(run=run)
 
@@ -339,6 +342,13 @@ def _bench_prefill(options: argparse.Namespace) -> int:
         progress=sys.stderr.isatty(),
     )
     return _measured(record, options.json, table)
+
+
+def _bench_decode(options: argparse.Namespace) -> int:
+    from cuda_kernels.benchmark_decode import bench_decode, decode_table
+
+    record = bench_decode(quick=options.quick, progress=sys.stderr.isatty())
+    return _measured(record, options.json, decode_table)
 
 
 def _bench_launch(options: argparse.Namespace) -> int:

@@ -12,12 +12,25 @@ from cuda_kernels import arrays
 
 def check_tensors(q: Any, k: Any, v: Any) -> tuple[int, ...]:
     """Check what can be known before a launch; give the shape of the output."""
+    check_alike(q, k, v, "[batch, length, heads, head_dim]")
+    if k.shape[:3] != v.shape[:3]:
+        raise ValueError(
+            f"k and v must share batch, length and heads, got {tuple(k.shape)} and {tuple(v.shape)}"
+        )
+    if q.shape[0] != k.shape[0]:
+        raise ValueError(f"q and k must share batch, got {q.shape[0]} and {k.shape[0]}")
+    check_heads(q.shape[2], k.shape[2])
+    return (*q.shape[:3], v.shape[3])
+
+
+def check_alike(q: Any, k: Any, v: Any, cache: str) -> None:
+    """Check rank, library, dtype, device, strides and head_dim; ``cache`` names k's axes."""
     for name, array in (("q", q), ("k", k), ("v", v)):
         library = arrays.library_of(array)
         if array.ndim != 4 or 0 in array.shape:
+            axes = "[batch, length, heads, head_dim]" if name == "q" else cache
             raise ValueError(
-                f"{name} must be [batch, length, heads, head_dim], none of them 0; "
-                f"got shape {tuple(array.shape)}"
+                f"{name} must be {axes}, none of them 0; got shape {tuple(array.shape)}"
             )
         if arrays.dtype_name(array) not in arrays.DTYPES:
             raise ValueError(
@@ -41,17 +54,12 @@ def check_tensors(q: Any, k: Any, v: Any) -> tuple[int, ...]:
             )
     if q.shape[3] != k.shape[3]:
         raise ValueError(f"q and k must share head_dim, got {q.shape[3]} and {k.shape[3]}")
-    if k.shape[:3] != v.shape[:3]:
-        raise ValueError(
-            f"k and v must share batch, length and heads, got {tuple(k.shape)} and {tuple(v.shape)}"
-        )
-    if q.shape[0] != k.shape[0]:
-        raise ValueError(f"q and k must share batch, got {q.shape[0]} and {k.shape[0]}")
-    if q.shape[2] % k.shape[2]:
-        raise ValueError(
-            f"query heads must be a multiple of KV heads, got {q.shape[2]} and {k.shape[2]}"
-        )
-    return (*q.shape[:3], v.shape[3])
+
+
+def check_heads(heads: int, kv_heads: int) -> None:
+    """Refuse query heads that do not share KV heads evenly."""
+    if heads % kv_heads:
+        raise ValueError(f"query heads must be a multiple of KV heads, got {heads} and {kv_heads}")
 
 
 def check_layout(name: str, array: Any) -> None:

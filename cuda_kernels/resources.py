@@ -120,6 +120,24 @@ def _wgmma(
     )
 
 
+def _decode(
+    head_dim: int, keys: int, dtype: str, skip: bool, gap: bool, architectures: tuple[str, ...]
+) -> Configuration:
+    from cuda_kernels.decode_mma import SIGNATURE, shared_bytes
+
+    build = ("skip" if skip else "dense") + (", gaps" if gap else "")
+    return Configuration(
+        name=f"decode_mma head_dim {head_dim}, {keys} keys, {dtype}, {build}",
+        factory="cuda_kernels.decode_mma:make_kernel",
+        arguments=(head_dim, keys, ("f16", "bf16").index(dtype), skip, gap),
+        signature=SIGNATURE,
+        shared_bytes=shared_bytes(head_dim, keys),
+        max_registers=168,  # of three blocks per SM
+        opcodes=("HMMA", "LDSM", "LDGSTS", "MUFU.EX2") + ("VOTE",) * skip,
+        architectures=architectures,
+    )
+
+
 CONFIGURATIONS: tuple[Configuration, ...] = (
     *(
         configuration
@@ -130,6 +148,27 @@ CONFIGURATIONS: tuple[Configuration, ...] = (
             *((("bf16", True, True), ("f16", True, False)) if sizes[0] < 192 else ()),
         )
         for configuration in (*_mma(*sizes, dtype, skip, gap), *_wgmma(*sizes, dtype, skip, gap))
+    ),
+    # the tightest ones for every architecture; of the rest what differs (all have been assembled)
+    *(
+        _decode(*build)
+        for build in (
+            (128, 64, "bf16", True, False, ARCHITECTURES),
+            (128, 128, "bf16", True, False, ("sm_80", "sm_90a", "sm_120a")),
+            (128, 128, "bf16", True, True, ("sm_90a",)),
+            (128, 128, "bf16", False, False, ("sm_90a",)),
+            (128, 128, "f16", True, False, ("sm_90a",)),
+            (64, 64, "bf16", True, False, ("sm_80", "sm_90a")),
+            (64, 128, "bf16", True, False, ("sm_90a",)),
+        )
+    ),
+    Configuration(
+        name="bandwidth: reads and nothing else",
+        factory="cuda_kernels.bandwidth:make_kernel",
+        arguments=(),
+        signature="void(int16[::1], int16[::1], uint32[::1])",
+        opcodes=("LDG",),
+        architectures=("sm_90a",),
     ),
     *(
         Configuration(
