@@ -183,8 +183,12 @@ def _file(module: str) -> Path | None:
 
 @cache
 def compilers() -> tuple[Any, ...]:
-    """Say which compilers are here: versions, and size and date of the CUDA toolkit's libraries."""
+    """Say which compilers are here, and how they are told to work.
+
+    Versions, size and date of the CUDA toolkit's libraries, and environment variables of Numba.
+    """
     found: list[Any] = [platform.python_version(), platform.machine()]
+    found += sorted((k, v) for k, v in os.environ.items() if k.startswith("NUMBA_"))
     for distribution in COMPILERS:
         with suppress(PackageNotFoundError):
             found.append((distribution, version(distribution)))

@@ -163,6 +163,9 @@ def build(kernel: Any, signature: Any, arch: str) -> Build:
     return made
 
 
+_OPTIONS = ("debug", "fastmath", "launch_bounds", "lineinfo", "opt")  # of kernels, for Numba
+
+
 def kept_as(kernel: Any, signature: Any, arch: str) -> str | None:
     """Name a build on disk; None if it cannot be kept there (:func:`build` says when)."""
     function, options = kernel.py_func, kernel.targetoptions
@@ -170,7 +173,7 @@ def kept_as(kernel: Any, signature: Any, arch: str) -> str | None:
         (__name__, function.__module__),
         function.__qualname__,
         tuple(cell.cell_contents for cell in function.__closure__ or ()),
-        *(options.get(option) for option in ("fastmath", "launch_bounds", "max_registers")),
+        *(options.get(option) for option in (*_OPTIONS, "max_registers")),
         str(signature),
         arch,
     )
@@ -225,8 +228,7 @@ def _lowered(kernel: Any, signature: Any, capability: tuple[Any, ...]) -> Any:
             device=False,
             abi="numba",
             cc=capability,
-            fastmath=kernel.targetoptions.get("fastmath", False),
-            launch_bounds=kernel.targetoptions.get("launch_bounds"),
+            **{option: kernel.targetoptions.get(option) for option in _OPTIONS},
         )
     if "tensor_map" not in str(signature):
         _last = (kernel, str(signature), library, frozenset(compiler.USED))
@@ -239,7 +241,7 @@ def assemble(kernel: Any, signature: Any, arch: str) -> Assembled:
     Parameters
     ----------
     kernel : ``@cuda.jit`` kernel
-        Its options (``launch_bounds``, ``fastmath``, ``max_registers``) are kept.
+        Its options (``launch_bounds``, ``max_registers``, ``fastmath``, …) are kept.
     signature : str or Numba signature
         Types of the arguments, such as ``"void(uint16[:,:,:,::1], float32)"``; ``tensor_map`` is
         that of a :class:`~cuda_kernels.ptx.tensor_map.TensorMap`.

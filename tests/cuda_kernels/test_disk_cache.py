@@ -111,6 +111,12 @@ def test_a_name_depends_on_parts_and_compilers(monkeypatch):
     names = {disk_cache.entry_name(module, *some) for some in parts}
     assert len(names) == len(parts)
     assert None not in names
+    monkeypatch.setenv("NUMBA_OPT", "1")
+    disk_cache.compilers.cache_clear()
+    assert disk_cache.entry_name(module, 1) not in names
+    monkeypatch.undo()
+    disk_cache.compilers.cache_clear()
+    assert disk_cache.entry_name(module, 1) in names
     monkeypatch.setattr(disk_cache, "compilers", lambda: ("another",))
     assert disk_cache.entry_name(module, 1) not in names
 

@@ -10,7 +10,7 @@ import pytest
 from cuda_kernels import detect, gemm, gemm_wgmma, launch
 from cuda_kernels.launch import Launcher, why_not_assemble
 from cuda_kernels.ptx import compiler
-from cuda_kernels.ptx.language import BF16, TensorMap
+from cuda_kernels.ptx.language import BF16, TensorMap, cuda
 
 driver = pytest.importorskip("cuda.bindings.driver", reason="numba-cuda is not installed")
 RESULT = driver.CUresult
@@ -137,6 +137,16 @@ def test_parameters_are_as_large_as_the_kernel_wants_them(which, monkeypatch, tm
         map_ = TensorMap(np.zeros((128, 64), np.uint16), gemm_wgmma.A_BOX)
         launcher = Launcher(7, (1, 1, 1), 384, 0, map_, map_, c, ctypes.c_int32(64))
     assert [ctypes.sizeof(value) for value in launcher._values] == sizes_in(made.cubin, tmp_path)
+
+
+@needs_assembler
+def test_options_of_a_kernel_name_its_build():
+    function = gemm.make_kernel(BF16, 1).py_func
+    choices = ({}, {"fastmath": True}, {"launch_bounds": (32, 1)}, {"max_registers": 32},
+               {"lineinfo": True}, {"opt": False})  # fmt: skip
+    names = {launch.kept_as(cuda.jit(function, **some), MATRICES, "sm_80") for some in choices}
+    assert len(names) == len(choices)
+    assert None not in names
 
 
 @pytest.mark.assembler
