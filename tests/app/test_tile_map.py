@@ -11,7 +11,7 @@ import pytest
 from streamlit.testing.v1 import AppTest
 
 import app.wording
-from app import scans, sources, views
+from app import controls, scans, sources, views
 from sim import scan
 from sim.accuracy import dropped_mass
 from sim.cost import ledger
@@ -168,6 +168,31 @@ def test_scale_factor_stays_fixed_when_the_length_changes(trace) -> None:
     page.select_slider(key="length").set_value(4096).run()
     assert number(page, "Threshold λ").value == pytest.approx(0.1)
     assert number(page, "Scale factor").value == pytest.approx(409.6)
+
+
+def test_what_comes_late_from_an_old_follower_moves_nothing(monkeypatch) -> None:
+    state, made, edits = {}, [], []
+    monkeypatch.setattr(controls.st, "session_state", state)
+
+    def follow(value: float, length: int) -> None:
+        controls._follow(
+            lambda key, on_change: made.append((key, on_change)),
+            value,
+            lambda *edit: edits.append(edit),
+            length,
+        )
+
+    follow(0.01, 4096)
+    follow(0.02, 2048)
+    (old, late), (new, typed) = made
+    assert old != new
+    late()
+    assert edits == []
+    state[new] = 0.05
+    typed()
+    assert edits == [(0.05, 2048)]
+    follow(0.05, 2048)
+    assert made[2][0] == new  # typed into it: it keeps the focus
 
 
 def test_request_shorter_than_its_factor_is_dense_and_says_why() -> None:
