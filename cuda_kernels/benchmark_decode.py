@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import statistics
 from collections.abc import Callable, Iterator
-from functools import partial
+from functools import cache, partial
 from itertools import cycle
 from typing import Any, NamedTuple
 
@@ -55,7 +55,8 @@ def bench_decode(*, quick: bool = False, progress: bool = True) -> dict[str, Any
     Returns
     -------
     dict
-        ``machine``, ``rounds``, ``rows``, and ``path`` of the JSON written.
+        ``machine``, ``rounds``, ``rows``, ``left_out`` (peers that do not work here, and why) and
+        ``path`` of the JSON written.
 
     Raises
     ------
@@ -66,10 +67,11 @@ def bench_decode(*, quick: bool = False, progress: bool = True) -> dict[str, Any
     rounds = 10 if quick else 30
     layouts = ("HND",) if quick else ("HND", "NHD")
     rows: list[dict[str, Any]] = []
+    left_out: dict[str, str] = {}
     for shape, layout in _bar([(s, layout) for s in SHAPES for layout in layouts], progress):
-        rows += _measure(torch, shape, layout, rounds)
+        rows += _measure(torch, shape, layout, rounds, left_out)
         torch.cuda.empty_cache()
-    record = {"machine": machine(torch), "rounds": rounds, "rows": rows}
+    record = {"machine": machine(torch), "rounds": rounds, "rows": rows, "left_out": left_out}
     name = f"decode-{record['machine']['gpu']}-{record['machine']['date'][:10]}.json"
     path = RESULTS / name.lower().replace(" ", "-")
     RESULTS.mkdir(exist_ok=True)
@@ -89,6 +91,7 @@ def decode_table(record: dict[str, Any]) -> str:
             f"{row['splits'] or '':>8}{row['sparsity']:10.3f}{row['ms']:9.4f}{row['tb_per_s']:7.2f}"
             f"  {row['ratio']:.3f} ({low:.3f}–{high:.3f}) × {row['against']}"
         )
+    lines += [f"left out: {name}: {reason}" for name, reason in record["left_out"].items()]
     lines.append(", ".join(f"{key} {value}" for key, value in record["machine"].items()))
     return "\n".join(lines)
 
@@ -119,7 +122,9 @@ def faint_tiles(shape: Shape, sparsity: float, seed: int = 0) -> NDArray[np.bool
     return order.argsort(axis=2).argsort(axis=2) < round(sparsity * tiles)
 
 
-def _measure(torch: Any, shape: Shape, layout: str, rounds: int) -> list[dict[str, Any]]:
+def _measure(
+    torch: Any, shape: Shape, layout: str, rounds: int, left_out: dict[str, str]
+) -> list[dict[str, Any]]:
     """All candidates on one shape and layout."""
     from cuda_kernels.decode import skip_softmax_decode_plan
 
@@ -147,7 +152,8 @@ def _measure(torch: Any, shape: Shape, layout: str, rounds: int) -> list[dict[st
         if not sparsity:
             read = _reader(torch, shape)
             candidates["read-only"] = lambda read=read, turn=turn: read(next(turn))
-            candidates |= _flashinfer(torch, shape, layout, queries, table, lens, turn)
+            peers = _flashinfer(torch, shape, layout, queries, table, lens, turn)
+            candidates |= working(peers, torch.cuda.synchronize, left_out)
         times = _times(torch, candidates, rounds)
         for name in times:
             if name == "dense" and sparsity:
@@ -163,6 +169,21 @@ def _measure(torch: Any, shape: Shape, layout: str, rounds: int) -> list[dict[st
             named = {**common, "workload": f"columns {sparsity:g}" if sparsity else "random"}
             rows.append(_row(name, times, against, moved, reached, splits, named))
     return rows
+
+
+def working(
+    peers: dict[str, Callable[[], Any]], wait: Callable[[], Any], left_out: dict[str, str]
+) -> dict[str, Callable[[], Any]]:
+    """Give the peers that work here; note why the others do not."""
+    found = {}
+    for name, call in peers.items():
+        try:
+            call()
+            wait()
+            found[name] = call
+        except Exception as error:  # whatever another library says, ours are still to be timed
+            left_out[name] = f"{type(error).__name__}: {error}".splitlines()[0]
+    return found
 
 
 def _call(plan: Any, queries: Any, turn: Iterator[tuple[Any, Any]], out: Any) -> Any:
@@ -228,16 +249,21 @@ def _flashinfer(
     except ImportError:
         return {}
     q = queries[:, 0]
-    room = torch.zeros(256 << 20, dtype=torch.uint8, device="cuda")
+    room, zeros = (torch.zeros(256 << 20, dtype=torch.uint8, device="cuda") for _ in range(2))
     wrapper = flashinfer.BatchDecodeWithPagedKVCacheWrapper(room, layout, use_tensor_cores=True)
-    each = table.shape[1]
-    starts = torch.arange(0, table.numel() + 1, each, dtype=torch.int32, device="cuda")
-    last = torch.full((shape.batch,), PAGE, dtype=torch.int32, device="cuda")
-    wrapper.plan(
-        starts, table.view(-1), last, shape.heads, shape.kv_heads, HEAD_DIM, PAGE,
-        q_data_type=torch.bfloat16, kv_data_type=torch.bfloat16,
-    )  # fmt: skip
-    zeros = torch.zeros(256 << 20, dtype=torch.uint8, device="cuda")
+
+    @cache
+    def planned() -> None:
+        starts = torch.arange(shape.batch + 1, dtype=torch.int32, device="cuda") * table.shape[1]
+        last = torch.full((shape.batch,), PAGE, dtype=torch.int32, device="cuda")
+        wrapper.plan(
+            starts, table.view(-1), last, shape.heads, shape.kv_heads, HEAD_DIM, PAGE,
+            q_data_type=torch.bfloat16, kv_data_type=torch.bfloat16,
+        )  # fmt: skip
+
+    def fa2() -> Any:
+        planned()
+        return wrapper.run(q, next(turn))
 
     def xqa() -> Any:
         return flashinfer.decode.xqa_batch_decode_with_kv_cache(
@@ -245,7 +271,7 @@ def _flashinfer(
             bmm2_scale=1.0, kv_layout=layout,
         )  # fmt: skip
 
-    return {"flashinfer fa2": lambda: wrapper.run(q, next(turn)), "flashinfer xqa": xqa}
+    return {"flashinfer fa2": fa2, "flashinfer xqa": xqa}
 
 
 def _row(

@@ -6,7 +6,7 @@ import pytest
 from app import cli
 from cuda_kernels import detect
 from cuda_kernels.bandwidth import AT_A_TIME, CHUNK, THREADS, make_kernel
-from cuda_kernels.benchmark_decode import SHAPES, Shape, _row, decode_table, faint_tiles
+from cuda_kernels.benchmark_decode import SHAPES, Shape, _row, decode_table, faint_tiles, working
 from cuda_kernels.emulator import emulate
 
 
@@ -42,7 +42,11 @@ def test_a_row_compares_round_by_round_and_the_table_shows_it():
     assert row["ratio"] == 1.0
     assert row["ratio_quartiles"] == [0.5, 2.0]
     assert row["tb_per_s"] == 2.0
-    shown = decode_table({"machine": {"gpu": "none"}, "rows": [row]})
+    left_out = {}
+    peers = {"good": lambda: 1, "bad": lambda: 1 / 0}
+    assert list(working(peers, lambda: None, left_out)) == ["good"]
+    shown = decode_table({"machine": {"gpu": "none"}, "rows": [row], "left_out": left_out})
+    assert "left out: bad: ZeroDivisionError: division by zero" in shown
     assert "1.000 (0.500–2.000) × read-only" in shown
     assert "8/2" in shown
 
