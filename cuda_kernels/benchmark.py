@@ -224,13 +224,9 @@ def measure(
     notes = []
     calls: dict[tuple[str, str], Call] = {}
     sparsity: dict[tuple[str, str], float] = {}
-    for name, call in gpu.peers(*tensors, job.causal).items():
-        try:
-            call()
-        except RuntimeError as reason:
-            notes.append(f"{about}: {name} does not run: {str(reason).splitlines()[0]}")
-            continue
-        calls["", name] = call
+    works, refusals = working(gpu.peers(*tensors, job.causal), gpu.wait)
+    notes += [f"{about}: {refusal}" for refusal in refusals]
+    calls |= {("", name): call for name, call in works.items()}
     for backend in backends:
         for name, lam in {"dense": 0.0, **job.skip}.items():
             calls[backend, name] = partial(gpu.ours, backend, *tensors, job.causal, lam)
@@ -266,6 +262,24 @@ def measure(
             }
         )
     return rows, notes
+
+
+def working(peers: dict[str, Call], wait: Call) -> tuple[dict[str, Call], list[str]]:
+    """Give the peers that run here, and a sentence for each that does not.
+
+    ``wait`` returns when the GPU has done what was called.
+    """
+    works, refusals = {}, []
+    for name, call in peers.items():
+        try:
+            call()
+            wait()
+        except Exception as reason:  # whatever another library says, ours are still to be timed
+            said = str(reason).splitlines() or [type(reason).__name__]
+            refusals.append(f"{name} does not run: {said[0]}")
+        else:
+            works[name] = call
+    return works, refusals
 
 
 def _times(gpu: Any, calls: dict[Any, Call], rounds: int) -> dict[Any, list[float]]:
@@ -346,6 +360,10 @@ class Gpu:
         except ImportError:
             return found
         return {**found, "fa3": partial(flash_attn_func, q, k, v, causal=causal)}
+
+    def wait(self) -> None:
+        """Return when the GPU has done what it was asked to."""
+        self.torch.cuda.synchronize()
 
     def milliseconds(self, call: Call) -> float:
         """Time one call on the GPU, the launch being queued while something else runs."""

@@ -230,8 +230,7 @@ CASES = [  # small enough for the emulator
         seeded=True, order="descending",
     ),
     DecodeCase(
-        "two query tiles", lens=(300,), tokens=3, group=8, page=64, keys=128, splits=2,
-        split_layout="contiguous", order="ends_first",
+        "two query tiles", lens=(300,), tokens=3, group=8, page=64, keys=128, order="ends_first"
     ),
     DecodeCase(
         "dense build, empty split", lens=(70,), group=5, threshold=0.0, splits=3, skips=False
