@@ -229,8 +229,13 @@ def measure(
     calls |= {("", name): call for name, call in works.items()}
     for backend in backends:
         for name, lam in {"dense": 0.0, **job.skip}.items():
-            calls[backend, name] = partial(gpu.ours, backend, *tensors, job.causal, lam)
-            report = gpu.ours(backend, *tensors, job.causal, lam, return_report=True)[1]
+            call = partial(gpu.ours, backend, *tensors, job.causal, lam)
+            try:
+                report = call(return_report=True)[1]
+            except ValueError as reason:
+                notes.append(f"{about}: {backend} does not take it: {reason}")
+                break
+            calls[backend, name] = call
             found = sparsity[backend, name] = float(report.sparsity.mean())
             if name == "skip" and abs(found - (job.prescribed or 0)) > 0.01:
                 notes.append(f"{about}: {backend} skipped {found:.3f}, not {job.prescribed:g}")

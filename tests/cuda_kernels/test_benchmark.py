@@ -35,6 +35,8 @@ class Played:
         return np.broadcast_to(np.moveaxis(x, 0, 1)[None], shape).astype(np.float16, "C")
 
     def ours(self, backend, q, k, v, causal, threshold, **settings):
+        if backend == "narrow":
+            raise ValueError("takes head_dim 32")
         assert backend in ("mma", "another")
         return skip_softmax_attention(
             q, k, v, causal=causal, threshold=threshold, backend="reference", **settings
@@ -106,6 +108,12 @@ def test_sparsity_that_is_not_as_prescribed_is_noted():
     assert "mma skipped 0.2" in notes[-1]
     assert "not 0.5" in notes[-1]
     assert rows
+
+
+def test_a_kernel_that_does_not_take_the_shape_is_noted():
+    rows, notes = measure(small()[0], Played(), ["narrow", "mma"], 2)
+    assert notes[-1].endswith("causal: narrow does not take it: takes head_dim 32")
+    assert {row["backend"] for row in rows} == {"", "mma"}
 
 
 def test_what_is_out_of_reach_is_noted():
