@@ -11,6 +11,7 @@ from pathlib import Path
 
 LESSONS = Path(__file__).parent
 FIRST_KERNEL = LESSONS / "notebooks" / "first_kernel.py"
+NOTEBOOKS = (FIRST_KERNEL,)
 
 _HEADER = re.compile(
     r"# %% \[markdown\]\n"
@@ -86,7 +87,7 @@ def lessons() -> list[Lesson]:
     Examples
     --------
     >>> [lesson.number for lesson in lessons()]
-    [0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10]
+    [0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 12]
     """
     found = [read_lesson(path) for path in sorted(LESSONS.glob("[0-9][0-9]_*.py"))]
     if not found:
