@@ -133,7 +133,9 @@ def test_the_timeline_shows_what_was_done_and_what_was_not():
     at = {x: [shown.getpixel((80 + x, y)) for y in (68, 86)] for x in (5, 105, 250, 350, 700, 950)}
     white, blue, grey = (255, 255, 255), (0x00, 0x72, 0xB2), (0xD0, 0xD0, 0xD0)
     yellow, pink = (0xF0, 0xE4, 0x42), (0xCC, 0x79, 0xA7)
-    assert at[5] == at[105] == [blue, white], "one bar of two products"
+    assert at[5] == at[105] == [blue, white]
+    first_half = np.asarray(shown)[67:80, 81:160].reshape(-1, 3)
+    assert {tuple(pixel) for pixel in first_half.tolist()} == {blue}, "one bar, one number"
     assert [at[x][1] for x in (250, 350, 700, 950)] == [yellow, pink, white, grey]
     plain = pictures.timeline(events, {"one": 0, "other": 4}, {}, width=1000)
     differ = np.argwhere((np.asarray(shown) != np.asarray(plain)).any(axis=2))
