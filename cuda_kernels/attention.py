@@ -54,7 +54,8 @@ def skip_softmax_attention(
     Parameters
     ----------
     q : array, shape [B, Lq, Hq, D]
-        float16, bfloat16 or float32, of NumPy, CuPy, PyTorch or DLPack.
+        float16, bfloat16 or float32, of NumPy, CuPy, PyTorch or DLPack.  On a GPU the tensor-core
+        kernels take arrays that are there.
     k : array, shape [B, Lk, Hkv, D]
         Query head h uses KV head h // (Hq / Hkv).
     v : array, shape [B, Lk, Hkv, Dv]
@@ -369,8 +370,9 @@ def _run_reference(q: Any, k: Any, v: Any, settings: Settings) -> tuple[Any, Ski
 
 def _check_device(q: Any, backend: str, kind: str) -> None:
     where, library = arrays.device_of(q), arrays.library_of(q)
-    if backend == "simt" and kind == "gpu" and library == "torch" and where == "cpu":
-        raise ValueError("q is on cpu; move q, k and v to the GPU first")
+    needs_gpu = backend in TENSOR_CORE_BACKENDS or (backend == "simt" and library == "torch")
+    if needs_gpu and kind == "gpu" and where == "cpu":
+        raise ValueError(f"q is a {library} array on cpu; move q, k and v to the GPU first")
     if backend == "simt" and kind == "simulator" and where != "cpu":
         raise ValueError(f"q is on {where}, but the CUDA simulator works on CPU arrays")
 

@@ -7,6 +7,7 @@ head, so a kernel that skips is given the rate of a dense one that would take as
 
 from __future__ import annotations
 
+import json
 import statistics
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -120,6 +121,59 @@ def bench_prefill(
             rows, notes = measure(job, gpu, chosen, rounds)
             record.add(rows, notes)
     return record.result()
+
+
+def recorded(results: Path = RESULTS) -> dict[str, Any]:
+    """Return the newest prefill run that was kept, as :func:`bench_prefill` returns one.
+
+    Runs of before 2026-11-24 name no back end, and one ratio: they are given today's fields.
+
+    Parameters
+    ----------
+    results : path
+        Folder of the JSON.
+
+    Returns
+    -------
+    dict
+
+    Raises
+    ------
+    ValueError
+        If none was kept there.
+
+    Examples
+    --------
+    >>> recorded()["machine"]["gpu"]
+    'NVIDIA H200'
+    """
+    runs = [
+        {
+            "notes": [],
+            "interrupted": False,
+            "path": str(path),
+            **json.loads(path.read_text("utf-8")),
+        }
+        for path in results.glob("prefill-*.json")
+    ]
+    if not runs:
+        raise ValueError(f"there is no recorded prefill run in {results}")
+    newest = max(runs, key=lambda run: run["machine"]["date"])
+    newest["rows"] = [_in_todays_fields(row) for row in newest["rows"]]
+    return newest
+
+
+def _in_todays_fields(row: dict[str, Any]) -> dict[str, Any]:
+    if "ratios" in row:
+        return row
+    low, high = row["ratio_quartiles"]
+    return {
+        "backend": "" if row["kernel"] in PEERS else "mma",
+        "batch": 1,
+        "kv_heads": row["heads"],
+        "ratios": {row["against"]: [low, row["ratio"], high]},
+        **row,
+    }
 
 
 def choose_backends(asked: Sequence[str] | None) -> list[str]:

@@ -11,6 +11,8 @@ from pathlib import Path
 
 LESSONS = Path(__file__).parent
 FIRST_KERNEL = LESSONS / "notebooks" / "first_kernel.py"
+RUN_THE_KERNELS = LESSONS / "notebooks" / "run_the_kernels.py"
+NOTEBOOKS = (FIRST_KERNEL, RUN_THE_KERNELS)
 
 _HEADER = re.compile(
     r"# %% \[markdown\]\n"
@@ -48,7 +50,8 @@ runs its cells as it is). Pictures are written to `lessons/output/`. To begin a 
 
 _ENDING = """
 After lesson 5, [notebooks/first_kernel.py](notebooks/first_kernel.py) calls the real kernel, on
-your GPU if you have one.
+your GPU if you have one. Then [notebooks/run_the_kernels.py](notebooks/run_the_kernels.py): back
+ends, reports, plans, machine code, timing.
 
 Letters and words mean the same in lessons, simulator, kernels and app: `m` running row maximum, `l`
 running row sum, `acc` output gathered so far, `alpha` the factor that rescales `l` and `acc` when
@@ -86,7 +89,7 @@ def lessons() -> list[Lesson]:
     Examples
     --------
     >>> [lesson.number for lesson in lessons()]
-    [0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11]
+    [0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12]
     """
     found = [read_lesson(path) for path in sorted(LESSONS.glob("[0-9][0-9]_*.py"))]
     if not found:

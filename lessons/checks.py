@@ -454,6 +454,40 @@ def check_decode(fn: Callable[..., Any], strict: bool | None = None) -> bool:
     return _judge(fn, cases(), strict, in_order)
 
 
+def check_pipeline(fn: Callable[..., Any], strict: bool | None = None) -> bool:
+    """Lesson 12: ``pipeline(q, k, v, scale, ln_lam) -> skip [2, tiles], output [128, 64]``."""
+
+    def cases() -> Iterator[Case]:
+        ring = (
+            "copy_tiles: wait at empty for `parity ^ 1`, arrive at full with BYTES, copy; and K's "
+            "stage is let go behind wgmma_wait, by one thread of each group"
+        )
+        leave = (
+            "leave_out: all wait at full for `parity`, then one thread arrives at empty; or V's "
+            "stage is filled again too early, or never"
+        )
+        for seed, (tiles, first, second, hint) in enumerate(
+            [(3, [], [], ring), (5, [1, 2, 4], [1, 3], leave)]
+        ):
+            q, k, v = _random(seed, (128, 64), (128 * tiles, 64), (128 * tiles, 64))
+            q[:, :2], k[:, :2] = 0, 0
+            skip = np.zeros((2, tiles))
+            for group, skipped in enumerate((first, second)):
+                q[64 * group : 64 * group + 64, group] = 8
+                skip[group, skipped] = 1
+                k[skip[group].repeat(128) > 0, group] = -16  # 16 below the others
+            q, k, v = (x.astype(np.float16).astype(np.float64) for x in (q, k, v))
+            hidden = skip.repeat(64, axis=0).repeat(128, axis=1) > 0
+            output = _softmax(np.where(hidden, -np.inf, q @ k.T / 8)) @ v
+            yield Case(
+                f"{tiles} tiles, group 0 skips {first}, group 1 skips {second}, seed {seed}",
+                (q, k, v, 1 / 8, np.log(0.1)),
+                [Wanted("skip", skip, 0, hint), Wanted("output", output, 2e-3, hint)],
+            )
+
+    return _judge(fn, cases(), strict)
+
+
 def _judge(
     fn: Callable[..., Any],
     cases: Iterable[Case],

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
@@ -106,6 +107,17 @@ def real_head(name: str, head: int, length: int | None = None) -> Head:
     trace = read_trace(bundled()[name])
     q, k, v = (x[:length].astype(np.float32) for x in (trace.q[head], trace.k[0], trace.v[0]))
     return Head(q, k, v, trace.softmax_scale, trace.tokens[:length])
+
+
+def to_gpu(array: NDArray[Any]) -> Any:
+    """Copy an array to the GPU, by CuPy if it is installed, else by PyTorch."""
+    if find_spec("cupy") is not None:
+        import cupy
+
+        return cupy.asarray(array)
+    import torch
+
+    return torch.from_numpy(array).cuda()
 
 
 def show(image: Image, name: str) -> None:

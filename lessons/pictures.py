@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -13,6 +13,8 @@ from sim.draw import PALETTE
 if TYPE_CHECKING:
     from PIL import ImageDraw
     from PIL.Image import Image
+
+    from cuda_kernels.emulator import Event
 
 INK = "#222222"
 
@@ -184,6 +186,105 @@ def _ticks(ends: tuple[float, float], log: bool) -> list[float]:
         return np.linspace(*ends, 11).tolist()
     first, last = np.ceil(np.log10(ends[0])), np.floor(np.log10(ends[1]))
     return (10.0 ** np.arange(first, last + 1)).tolist()
+
+
+_UNITS = {
+    "TMA load": ("copy", "#009E73"),
+    "wgmma_ss": ("Q·K", PALETTE["computed"]),
+    "wgmma_rs": ("P·V", "#56B4E9"),
+}
+_THREADS = {
+    "row_max": ("maxima", "#F0E442"),
+    "exp2_rows": ("exponentials", "#CC79A7"),
+    "pack_rows": ("exponentials", "#CC79A7"),
+}
+_WAIT = ("waits", "#D0D0D0")
+
+
+def timeline(
+    events: Sequence[Event],
+    lanes: Mapping[str, int],
+    skipped: Mapping[str, Collection[int]],
+    width: int = 1200,
+) -> Image:
+    """Draw what the pipeline of an emulated kernel did when, by the model's cycles.
+
+    A lane is a warp.  Above is what copies and products it has begun, beside each other where they
+    overlap; below, what its own threads do.  Numbers in bars are tiles; what is copied before the
+    first is Q.  Tiles that a lane has ``skipped`` are named behind their maxima.
+    """
+    from PIL import Image, ImageDraw, ImageFont
+
+    left, top, step, cycles = 80, 66, 18, max(event.end for event in events)
+    font, small = ImageFont.load_default(12), ImageFont.load_default(10)
+    rows = [(name, warp, _rows_of(events, warp)) for name, warp in lanes.items()]
+    height = top + sum(step * len(one) + 14 for _, _, one in rows) + 20
+    picture = Image.new("RGB", (left + width + 24, height), "white")
+    draw = ImageDraw.Draw(picture)
+    draw.text((8, 6), "The emulator's model of durations, in cycles: not a measurement", INK, font)
+    for n, (name, colour) in enumerate(
+        dict.fromkeys([*_UNITS.values(), *_THREADS.values(), _WAIT])
+    ):
+        draw.rectangle((left + 120 * n, 32, left + 120 * n + 12, 44), colour)
+        draw.text((left + 120 * n + 18, 38), name, INK, font, anchor="lm")
+    y = top
+    for name, warp, bars in rows:
+        draw.text((8, y), name, INK, font)
+        for row in bars:
+            for start, end, (_, colour), tile in row:
+                box = (left + start / cycles * width, y, left + end / cycles * width - 1, y + 14)
+                draw.rectangle((*box[:2], max(box[0], box[2]), box[3]), colour)
+                if colour != _WAIT[1] and box[2] - box[0] > 8:
+                    middle = ((box[0] + box[2]) / 2, y + 7)
+                    ink = "white" if colour in ("#009E73", PALETTE["computed"]) else INK
+                    draw.text(middle, str(tile) if tile >= 0 else "Q", ink, small, anchor="mm")
+            y += step
+        for event in events:
+            if (event.warp, event.name) == (warp, "row_max") and event.tile in skipped.get(
+                name, ()
+            ):
+                at = left + event.end / cycles * width
+                draw.text((at, y - 2), f"skips {event.tile}", "#B25F00", small, anchor="ma")
+        y += 14
+    for value in range(0, int(cycles), 1000):
+        at = left + value / cycles * width
+        draw.line((at, top - 6, at, top - 2), INK)
+        draw.line((at, y - 4, at, y), INK)
+        draw.text((at, y + 2), str(value), INK, small, anchor="mt")
+    return picture
+
+
+def overlap(events: Sequence[Event], some: Collection[str], others: Collection[str]) -> float:
+    """Share of the cycles in which some of these events were under way in which others were too."""
+    busy = np.zeros((2, int(max(event.end for event in events))), bool)
+    for event in events:
+        for which, names in enumerate((some, others)):
+            if event.name in names:
+                busy[which, int(event.start) : int(event.end)] = True
+    return float(busy[1, busy[0]].mean())
+
+
+def _rows_of(events: Sequence[Event], warp: int) -> list[list[tuple]]:
+    """Bars (start, end, kind, tile) of a warp: rows of what units do for it, then its own."""
+    own: list[tuple] = []
+    units: list[list[tuple]] = [[]]
+    for event in sorted((one for one in events if one.warp == warp), key=lambda one: one.start):
+        if event.name in _UNITS:
+            row = next((one for one in units if not one or one[-1][1] <= event.start), None)
+            if row is None:
+                units.append(row := [])
+            kind = _UNITS[event.name]
+        else:
+            row = own
+            kind = _THREADS.get(event.name) or _WAIT
+            if kind is _WAIT and not (" " in event.name or event.name == "wgmma_wait"):
+                continue
+        last = row[-1] if row else None
+        if last and last[1:] == (event.start, kind, event.tile):  # the same goes on
+            row[-1] = (last[0], event.end, kind, event.tile)
+        elif event.end > event.start:
+            row.append((event.start, event.end, kind, event.tile))
+    return [*units, own]
 
 
 def side_by_side(images: Sequence[Image], titles: Sequence[str]) -> Image:

@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from lessons.catalogue import FIRST_KERNEL, LESSONS, Lesson, lessons
+from lessons.catalogue import LESSONS, NOTEBOOKS, Lesson, lessons
 from lessons.helpers import OUTPUT, ROOT, child_environment
 
 PROGRESS = OUTPUT / "progress.json"
@@ -196,7 +196,7 @@ def _check(options: argparse.Namespace) -> int:
 
 
 def _build(options: argparse.Namespace) -> int:
-    paths = [lesson.path for lesson in lessons()] + [FIRST_KERNEL]
+    paths = [*(lesson.path for lesson in lessons()), *NOTEBOOKS]
     notebooks = [_shown(build(path)) for path in paths]
     print(json.dumps(notebooks, indent=2) if options.json else "\n".join(notebooks))
     return 0

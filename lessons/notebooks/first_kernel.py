@@ -18,6 +18,7 @@ import numpy as np
 
 import sim
 from cuda_kernels import detect, skip_softmax_attention
+from cuda_kernels.arrays import to_numpy
 from lessons import helpers
 from sim.draw import tile_map_image
 from sim.traces import bundled, read_trace
@@ -30,7 +31,8 @@ print(f"{device.kind}: {device.name or device.reason}")
 #
 # Kernels take `[batch, length, heads, head_dim]`; a trace holds `[heads, length, head_dim]`. Three
 # query heads share one KV head. On a GPU we take all 4096 tokens, in tiles of 64 queries × 128
-# keys; in the simulator one head, the last 32 of 160 tokens as queries, in tiles of 16 × 16.
+# keys, and copy them there: arrays of CuPy or PyTorch stay where they are, and so does the result.
+# In the simulator we take one head, the last 32 of 160 tokens as queries, in tiles of 16 × 16.
 
 # %%
 on_gpu = device.kind == "gpu"
@@ -38,6 +40,8 @@ trace = read_trace(bundled()[helpers.LAYER_12])
 heads, length, queries, tile = (3, 4096, 4096, (64, 128)) if on_gpu else (1, 160, 32, (16, 16))
 heads_first = [trace.q[:heads, length - queries : length], trace.k[:, :length], trace.v[:, :length]]
 q, k, v = (np.ascontiguousarray(x.transpose(1, 0, 2)[None]) for x in heads_first)
+if on_gpu:
+    q, k, v = (helpers.to_gpu(x) for x in (q, k, v))
 print("q", q.shape, "k", k.shape, "v", v.shape, q.dtype)
 
 # %% [markdown]
@@ -51,9 +55,9 @@ print("q", q.shape, "k", k.shape, "v", v.shape, q.dtype)
 settings = {"softmax_scale": trace.softmax_scale, "tile": tile, "threshold": 0.05}
 start = time.perf_counter()
 out, report = skip_softmax_attention(q, k, v, **settings, gap=True, return_report=True)
-print(
-    f"out {out.shape} {out.dtype}, after {time.perf_counter() - start:.1f} s (compiling included)"
-)
+bound = to_numpy(report.dropped_mass_bound)  # waits for the GPU
+seconds = time.perf_counter() - start
+print(f"out {out.shape} {out.dtype} on {out.device}, after {seconds:.1f} s (compiling included)")
 
 # %% [markdown]
 # ## Read the report
@@ -64,7 +68,6 @@ print("visit order:", report.order)
 print("sparsity of each head (skipped ÷ visited tiles):", report.sparsity.round(3))
 print("tiles of head 0, last groups (0 masked, 1 computed, 2 skipped):")
 print(report.tiles.state[0, 0, -4:])
-bound = np.asarray(report.dropped_mass_bound)
 print(f"guaranteed: no row has lost more than {bound.max():.1%} of its weight")
 head_0 = sim.TileMap(report.tiles.state[0], report.grid, report.order, report.threshold[0])
 helpers.show(tile_map_image(head_0, cell=6 if on_gpu else 48), "first_kernel")
@@ -81,30 +84,15 @@ scan = sim.scan(*heads_first[:2], tile=tile, softmax_scale=trace.softmax_scale)
 tiles = scan.decide(settings["threshold"])
 simulated = sim.attend(*heads_first, tiles, softmax_scale=trace.softmax_scale)
 finite = np.isfinite(scan.gap)
-gap_difference = np.abs(report.gap[0][finite] - scan.gap[finite]).max()
+gap_difference = np.abs(to_numpy(report.gap)[0][finite] - scan.gap[finite]).max()
 differ = (report.tiles.state[0] != tiles.state).sum()
 print(f"tiles that differ: {differ} of {tiles.visited.sum()}")
 print(f"largest difference of a gap: {gap_difference:.1e}")
 print(f"really lost, worst row: {simulated.dropped_mass.max():.1%}")
 print(f"guarantee holds: {bool((bound[0] >= simulated.dropped_mass - 1e-6).all())}")
-kernel_out = out[0].transpose(1, 0, 2).astype(np.float32)
+kernel_out = to_numpy(out)[0].transpose(1, 0, 2).astype(np.float32)
 print(f"largest difference of the output: {np.abs(kernel_out - simulated.output).max():.1e}")
 
 # %% [markdown]
-# ## The same with CuPy
-#
-# Arrays of CuPy or PyTorch that are already on the GPU stay there, and so does the result.
-
-# %%
-if on_gpu:
-    import cupy
-
-    on_device = [cupy.asarray(x) for x in (q, k, v)]
-    out, report = skip_softmax_attention(*on_device, **settings, return_report=True)
-    print(type(out), "on", out.device, "sparsity", report.sparsity.round(3))
-else:
-    print(f"No CuPy without a GPU: this ran in {device.name or device.reason}.")
-
-# %% [markdown]
 # Next: read `cuda_kernels/prefill_simt.py`, change it (skip on one row's vote, say), and run this
-# again: the simulator will notice.
+# again: the simulator will notice. Then [run_the_kernels.py](run_the_kernels.py).

@@ -169,10 +169,22 @@ def test_torch_tensors_come_in_and_go_out():
         call(q.clone().requires_grad_(), k, v)
 
 
+@pytest.mark.parametrize("door", [skip_softmax_attention, skip_softmax_plan])
+@pytest.mark.parametrize("backend", ["mma", "wgmma"])
+def test_tensor_cores_take_arrays_that_are_on_the_gpu(door, backend, monkeypatch):
+    card = Device("gpu", "", "NVIDIA H200", (9, 0))
+    monkeypatch.setattr("cuda_kernels.attention.detect", lambda: card)
+    q = k = v = np.zeros((1, 64, 1, 64), np.float16)
+    with pytest.raises(ValueError, match="q is a numpy array on cpu; move q, k and v to the GPU"):
+        door(q, k, v, threshold=0.1, backend=backend)
+
+
 def test_a_cpu_tensor_is_not_sent_to_the_gpu_unasked(monkeypatch):
     torch = pytest.importorskip("torch", reason="PyTorch is not installed")
     monkeypatch.setattr("cuda_kernels.attention.detect", lambda: Device("gpu"))
-    with pytest.raises(ValueError, match="q is on cpu; move q, k and v to the GPU first"):
+    with pytest.raises(
+        ValueError, match="q is a torch array on cpu; move q, k and v to the GPU first"
+    ):
         call(*(torch.from_numpy(x) for x in (Q, K, V)), backend="simt")
 
 

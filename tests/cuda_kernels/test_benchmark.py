@@ -199,6 +199,20 @@ def test_wrong_use_of_bench_is_one_sentence(hopper, monkeypatch):
         bench_prefill()
 
 
+def test_recorded_runs_are_read_in_todays_fields(hopper, monkeypatch, tmp_path):
+    old = benchmark.recorded()
+    assert old["machine"]["date"] == "2026-11-23 20:32 UTC"
+    assert "1.193 (1.193–1.194) × dense" in table(old)
+    assert {row["backend"] for row in old["rows"] if row["kernel"] in ("fa2", "cudnn")} == {""}
+    monkeypatch.setattr(benchmark, "jobs", lambda quick: small())
+    made = bench_prefill(gpu=Played(), backends=["mma"], results=tmp_path, progress=False)
+    earlier = {**made, "machine": {**MACHINE, "date": "2026-11-25 12:00 UTC"}, "rows": []}
+    (tmp_path / "prefill-earlier.json").write_text(json.dumps(earlier))
+    assert benchmark.recorded(tmp_path) == made
+    with pytest.raises(ValueError, match="there is no recorded prefill run in"):
+        benchmark.recorded(tmp_path / "empty")
+
+
 def test_without_a_gpu_a_sentence_says_so():
     if detect().kind == "gpu":
         pytest.skip("here is one")

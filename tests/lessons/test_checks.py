@@ -5,6 +5,7 @@ import doctest
 import numpy as np
 import pytest
 
+from cuda_kernels.emulator.timeline import Event
 from lessons import catalogue, checks, helpers, pictures
 from lessons.helpers import Stop
 
@@ -116,6 +117,30 @@ def test_pictures():
     bars = pictures.bars_under_line(np.array([1.0, 3.0]), np.array([3.0, 3.0]), ("bars", "line"))
     top = [bars.getpixel((30 + 20 * i + 10, 60)) for i in range(2)]
     assert top == [white, blue]
+
+
+def test_the_timeline_shows_what_was_done_and_what_was_not():
+    def event(name, start, end, tile, warp=0):
+        return Event((0, 0, 0), warp, name, start, end, tile, "")
+
+    events = [
+        event("wgmma_ss", 0, 100, 0), event("wgmma_ss", 100, 200, 0),
+        event("row_max", 200, 300, 0), event("exp2_rows", 300, 400, 0),
+        event("wgmma_rs", 350, 450, 0, warp=4), event("barrier 1", 900, 1000, 1),
+        event("shfl_bfly_f32", 500, 900, 1),
+    ]  # fmt: skip
+    shown = pictures.timeline(events, {"one": 0, "other": 4}, {"one": {0}}, width=1000)
+    at = {x: [shown.getpixel((80 + x, y)) for y in (68, 86)] for x in (5, 105, 250, 350, 700, 950)}
+    white, blue, grey = (255, 255, 255), (0x00, 0x72, 0xB2), (0xD0, 0xD0, 0xD0)
+    yellow, pink = (0xF0, 0xE4, 0x42), (0xCC, 0x79, 0xA7)
+    assert at[5] == at[105] == [blue, white]
+    first_half = np.asarray(shown)[67:80, 81:160].reshape(-1, 3)
+    assert {tuple(pixel) for pixel in first_half.tolist()} == {blue}, "one bar, one number"
+    assert [at[x][1] for x in (250, 350, 700, 950)] == [yellow, pink, white, grey]
+    plain = pictures.timeline(events, {"one": 0, "other": 4}, {}, width=1000)
+    differ = np.argwhere((np.asarray(shown) != np.asarray(plain)).any(axis=2))
+    assert 350 < differ[:, 1].mean() < 410, "the tile that is skipped is named behind its maxima"
+    assert pictures.overlap(events, ["exp2_rows"], ["wgmma_ss", "wgmma_rs"]) == 0.5
 
 
 def test_examples():

@@ -30,7 +30,7 @@ def text(path: Path) -> str:
 
 
 def test_there_are_lessons_and_solutions_one_for_one():
-    assert [lesson.number for lesson in LESSONS] == list(range(12))
+    assert [lesson.number for lesson in LESSONS] == list(range(13))
     assert [lesson.path.name[:2] for lesson in LESSONS] == [f"{one.number:02}" for one in LESSONS]
     solutions = sorted((catalogue.LESSONS / "solutions").glob("*.py"))
     assert solutions == [lesson.solution for lesson in LESSONS]
@@ -208,6 +208,16 @@ WRONG = [
         "keys * (~skipped).sum()",
         "may be short",
     ),
+    ("12_the_asynchronous_pipeline", "stage, parity ^ 1)", "stage, parity)", "`parity \\^ 1`"),
+    ("12_the_asynchronous_pipeline", "stage, BYTES)", "stage, BYTES // 2)", "with BYTES"),
+    ("12_the_asynchronous_pipeline", "wgmma_wait(0, s, KEYS)\n", "\n", "behind wgmma_wait"),
+    ("12_the_asynchronous_pipeline", "mbarrier_wait(full, parity)\n", "\n", "too early"),
+    (
+        "12_the_asynchronous_pipeline",
+        "mbarrier_arrive(empty)\n    # END",
+        "pass\n    # END",
+        "never",
+    ),
 ]
 
 
@@ -250,7 +260,7 @@ def test_link_opens_the_app_with_these_settings(lesson, program, root):
 
 
 def test_mentioned_files_exist():
-    sources = [*(one.path for one in LESSONS), catalogue.FIRST_KERNEL]
+    sources = [*(one.path for one in LESSONS), *catalogue.NOTEBOOKS]
     written_by_lessons = {"lessons/output", "lessons/output/by_numba.py"}
     mentioned = {
         name
@@ -264,7 +274,7 @@ def test_mentioned_files_exist():
 def test_readme_is_generated():
     assert text(catalogue.LESSONS / "README.md") == catalogue.readme()
     links = re.findall(r"\]\(([^)]+)\)", catalogue.readme())
-    assert len(links) == 2 * len(LESSONS) + 1
+    assert len(links) == 2 * len(LESSONS) + len(catalogue.NOTEBOOKS)
     assert [link for link in links if not (catalogue.LESSONS / link).is_file()] == []
 
 
