@@ -19,8 +19,8 @@ class Gpu(NamedTuple):
 GPUS = {
     gpu.name: gpu
     for gpu in (
-        Gpu("H200", 4.8e12, "NVIDIA H200 Tensor Core GPU datasheet, H200 SXM"),
-        Gpu("B200", 8.0e12, "NVIDIA DGX B200 datasheet, 64 TB/s of eight GPUs"),
+        Gpu("H200", 4.8e12, "NVIDIA's data sheet of the H200, SXM"),
+        Gpu("B200", 8.0e12, "NVIDIA's data sheet of the DGX B200, 64 TB/s of eight GPUs"),
     )
 }
 """By name; those that published decode measurements are of."""
