@@ -211,7 +211,7 @@ def make_kernel(head_dim, keys, dtype, skip, with_gap):
     half_output = ROWS // 2 * head_dim  # float32 of a partial result's output, 8 rows
     minus_infinity = -math.inf
 
-    @cuda.jit(launch_bounds=(THREADS, BLOCKS))
+    @cuda.jit(launch_bounds=(THREADS, 2 if with_gap else BLOCKS))  # gaps need a few registers more
     def skip_softmax_decode_mma(
         q,  # [B, Lq, Hq, D], 16 bits
         k, v,  # [pages, page, Hkv, D]; or [B, L, Hkv, D]: one page for each request

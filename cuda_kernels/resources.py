@@ -132,7 +132,7 @@ def _decode(
         arguments=(head_dim, keys, ("f16", "bf16").index(dtype), skip, gap),
         signature=SIGNATURE,
         shared_bytes=shared_bytes(head_dim, keys),
-        max_registers=168,  # of three blocks per SM
+        max_registers=255 if gap else 168,  # 168 for three blocks per SM
         opcodes=("HMMA", "LDSM", "LDGSTS", "MUFU.EX2") + ("VOTE",) * skip,
         architectures=architectures,
     )
@@ -149,16 +149,16 @@ CONFIGURATIONS: tuple[Configuration, ...] = (
         )
         for configuration in (*_mma(*sizes, dtype, skip, gap), *_wgmma(*sizes, dtype, skip, gap))
     ),
-    # the tightest ones for every architecture; of the rest what differs (all have been assembled)
+    # decode's default tile for every architecture; of the rest what differs
     *(
         _decode(*build)
         for build in (
             (128, 64, "bf16", True, False, ARCHITECTURES),
-            (128, 128, "bf16", True, False, ("sm_80", "sm_90a", "sm_120a")),
-            (128, 128, "bf16", True, True, ("sm_90a",)),
+            (128, 128, "bf16", True, False, ("sm_90a", "sm_120a")),
+            (128, 128, "bf16", True, True, ("sm_120a",)),
             (128, 128, "bf16", False, False, ("sm_90a",)),
             (128, 128, "f16", True, False, ("sm_90a",)),
-            (64, 64, "bf16", True, False, ("sm_80", "sm_90a")),
+            (64, 64, "bf16", True, False, ("sm_90a",)),
             (64, 128, "bf16", True, False, ("sm_90a",)),
         )
     ),
