@@ -83,6 +83,7 @@ from cuda_kernels.ptx.language import (
     u64,
     vote_all,
 )
+from cuda_kernels.tiles import BOUND_SAFETY, DESCENDING, ENDS_FIRST, LOG2_E
 
 ROWS = 16  # of a vote group
 WARPS, THREADS = 4, 128
@@ -91,9 +92,6 @@ SLOT = 16 * THREADS  # bytes of four numbers a thread
 MAXIMA = 4 * WARPS * ROWS  # bytes of the row maxima of one tile
 STATISTICS = 4 * ROWS  # float32 that stand behind a partial result's output: m, l, u of each row
 TOGETHER = 8  # splits that the merge reads at a time
-LOG2_E = math.log2(math.e)
-BOUND_SAFETY = 1.01  # covers approximate exponentials
-ASCENDING, DESCENDING, ENDS_FIRST = 0, 1, 2
 WHOLE = 30  # page_shift of a cache that is not paged: every key is on page 0 of its request
 SIGNATURE = (  # caches of any strides: one build serves them all
     "void(int16[:,:,:,:], int16[:,:,:,:], int16[:,:,:,:], int16[:,:,:,:], int32[:,:], int32[:], "
