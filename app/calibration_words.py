@@ -10,6 +10,13 @@ from app.wording import NBSP, percent, plain_number, signed_percent, table
 from sim.calibration import Fit, Miss, PhaseCalibration
 from sim.threshold import from_scale_factor
 
+HEAD_DIM_UNKNOWN = (
+    "These gap maps do not say the model’s head_dim, and what NVIDIA’s prefill kernel on Hopper "
+    "decides on depends on it: 64 × 128 at 72 to 128 (nvidia), 64 × 256 at 32 to 64, as SmolLM2 "
+    "has (nvidia-256). Take this setting for an example: capture a model anew before you serve it."
+)
+"""Beside an export of which nobody can say whether it is for the right grid."""
+
 EXPLANATION = """
 **What is looked for.** Skip Softmax skips a tile if its *gap* is below ln λ, so λ, the *threshold*,
 decides how much is skipped; larger skips more. The longer a text, the smaller a λ will do, so

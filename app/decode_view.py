@@ -91,7 +91,9 @@ def step_of(source: Source, kv: int, token: int, how: How) -> Step:
     q = trace.q[heads.start : heads.stop, token - first_token(trace)][None]
     k, v = (x[kv : kv + 1, : token + 1] for x in (trace.k, trace.v))
     together, alone = (
-        scan_decode(q, k, [token + 1], vote=vote, softmax_scale=trace.softmax_scale, **vars(how))
+        scan_decode(
+            q, k, [token + 1], vote=vote, softmax_scale=trace.softmax_scale, mass=True, **vars(how)
+        )
         for vote in ("group", "head")
     )
     return Step(q, k, v, trace.softmax_scale, together, alone)
@@ -123,7 +125,11 @@ def lanes_data(
         ],
         "headline": [
             decode_headline(
-                x, float(tiles.sparsity[0]), 1 - one.v / one.dense_v, expected_speed_up(one)
+                x,
+                float(tiles.sparsity[0]),
+                _most_lost(step.together, tiles),
+                1 - one.v / one.dense_v,
+                expected_speed_up(one),
             )
             for x, tiles, one in zip(steps_of(setting), decided, moved, strict=True)
         ],
@@ -139,6 +145,12 @@ def lanes_data(
         "title": f"The cache, {length:,} keys in {n} tiles of {how.keys}: {splits}, {kind}",
         "label": f"Cache of {length:,} keys in {n} tiles, {splits}, {kind}",
     }
+
+
+def _most_lost(scan: DecodeScan, tiles: DecodeTiles) -> float:
+    """Dropped mass of the head that loses most."""
+    assert scan.mass is not None
+    return float((scan.mass[0] * tiles.skipped[0]).sum(axis=1).max())
 
 
 def _counts(step: Step, setting: Setting, names: list[str]) -> list[list[str]]:

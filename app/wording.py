@@ -86,22 +86,26 @@ def headline(
     return "; ".join([*parts, f"about **{work_ratio:.2g}×** less matrix work."])
 
 
-def decode_headline(threshold: float, sparsity: float, spared: float, ratio: float) -> str:
+def decode_headline(
+    threshold: float, sparsity: float, worst: float, spared: float, ratio: float
+) -> str:
     """Say what a threshold skips in a decode step and saves; ``**`` marks what to stress.
 
     Examples
     --------
-    >>> decode_headline(0.01, 0.781, 0.77, 1.6335).replace(NBSP, " ")
-    '**λ = 0.01**: **78 %** of tiles skipped, **77 %** of V not read: **1.63×** fewer bytes.'
-    >>> decode_headline(0, 0, 0, 1)
+    >>> said = decode_headline(0.01, 0.781, 0.1, 0.77, 1.6335).replace(NBSP, " ")
+    >>> said.split("; ")[1:]
+    ['one head loses **10 %** of its attention', '**77 %** of V not read: **1.63×** fewer bytes.']
+    >>> decode_headline(0, 0, 0, 0, 1)
     '**λ off**: no tile is skipped, all of K and V is read.'
     """
     setting = f"**λ = {plain_number(threshold)}**" if threshold else "**λ off**"
     if not sparsity:
         return f"{setting}: no tile is skipped, all of K and V is read."
     return (
-        f"{setting}: **{percent(sparsity)}** of tiles skipped, "
-        f"**{percent(spared)}** of V not read: **{ratio:.3g}×** fewer bytes."
+        f"{setting}: **{percent(sparsity)}** of tiles skipped; one head loses "
+        f"**{percent(worst)}** of its attention; **{percent(spared)}** of V not read: "
+        f"**{ratio:.3g}×** fewer bytes."
     )
 
 

@@ -379,11 +379,12 @@ def _check_device(q: Any, backend: str, kind: str) -> None:
 
 def _per_head(lam: NDArray[np.float64], batch: int, heads: int) -> NDArray[np.float64]:
     """Spread λ over [B, Hq]."""
+    given = lam.shape
     if lam.ndim == 1:
         lam = lam[:, None]
     if lam.ndim > 2 or lam.shape not in ((), (batch, 1), (batch, heads)):
         raise ValueError(
             f"one threshold, or one for each of [{batch}] requests, or [{batch}, {heads}]; "
-            f"got shape {lam.shape}"
+            f"got shape {given}"
         )
     return np.broadcast_to(lam, (batch, heads)).copy()

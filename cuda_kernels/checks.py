@@ -59,7 +59,10 @@ def check_alike(q: Any, k: Any, v: Any, cache: str) -> None:
 def check_heads(heads: int, kv_heads: int) -> None:
     """Refuse query heads that do not share KV heads evenly."""
     if heads % kv_heads:
-        raise ValueError(f"query heads must be a multiple of KV heads, got {heads} and {kv_heads}")
+        raise ValueError(
+            f"query heads must be a multiple of KV heads, got {heads} and {kv_heads}; heads are "
+            "the third axis (the second in HND caches)"
+        )
 
 
 def check_layout(name: str, array: Any) -> None:

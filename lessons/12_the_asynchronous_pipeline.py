@@ -59,7 +59,7 @@ STAGES, THREADS = 2, 320  # two groups of 128 threads and 64 rows; a warp for K;
 #
 # Two groups share the tensor cores and all copies. For each tile, a group does Q·K, waits, takes
 # exponentials, does P·V, waits. For how much of the time in which either takes exponentials do
-# the tensor cores multiply as well, for the other one?
+# the tensor cores multiply as well, for the other one? (Nobody sees to it that they alternate.)
 
 # %%
 prediction = None  # PREDICT: per cent of the time of exponentials in which products run
@@ -72,7 +72,7 @@ prediction = None  # PREDICT: per cent of the time of exponentials in which prod
 #
 # **1. Copy.** `full` and `empty` are the addresses of stage 0's barriers; a barrier has 8 bytes.
 # First wait until the stage is empty. Tile j needs the phase *before* phase j // STAGES of `empty`,
-# and the phase before phase 0 has parity 1 and counts as ended. Then go on as with Q.
+# and the one before phase 0 has parity 1 and counts as ended. Then as with Q; the row comes first.
 #
 # **2. Skip.** No exponentials, no P·V; but the copy of V is under way, and its phase passes with us
 # or without us. Wait for it all the same. Then one thread of the group says: empty.
@@ -205,7 +205,7 @@ helpers.reveal(prediction, 100 * share, "% of the exponentials' time, by the emu
 #
 # What happens when, by the emulator's *model* of durations: no measurement. Numbers are tiles. Of
 # a skipped tile you see Q·K and its maxima, neither exponentials nor P·V; and its V comes all the
-# same. Look at the end of group 1, which skips 3, 4 and 5: what does it wait for?
+# same: group 1 skips 3, 4 and 5, and waits for it. (The app shows this head with a causal mask.)
 
 # %%
 lanes = {"K warp": 8, "V warp": 9, "group 0": 0, "group 1": 4}

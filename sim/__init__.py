@@ -31,6 +31,7 @@ from sim import (
     workloads,
 )
 from sim.geometry import COMPUTED, MASKED, ORDERS, SKIPPED, Grid, TileMap
+from sim.layout import from_kernel_layout, to_kernel_layout
 from sim.skip_softmax import Attended, Scan, attend, scan
 
 __all__ = [
@@ -50,12 +51,14 @@ __all__ = [
     "decode_splits",
     "decode_time",
     "engines",
+    "from_kernel_layout",
     "gap_maps",
     "hardware",
     "rules",
     "scan",
     "targets",
     "threshold",
+    "to_kernel_layout",
     "traces",
     "workloads",
 ]

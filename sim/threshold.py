@@ -19,6 +19,8 @@ SHORT_CONTEXT = ("dense", "allow")
 
 def _not_negative(name: str, value: ArrayLike) -> NDArray[np.float64]:
     try:
+        if np.asarray(value).dtype.kind not in "biuf":  # text that looks like a number is none
+            raise TypeError
         array = np.asarray(value, np.float64)
     except (TypeError, ValueError):
         raise ValueError(f"{name} must be a number, got {value!r}") from None

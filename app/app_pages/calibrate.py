@@ -169,6 +169,8 @@ if len(factors) == len(fitted) > 0:
     except ValueError as error:
         st.info(f"{error}.")
     else:  # no language: its colours are too faint to read
+        if "prefill" in factors and head_dim_of(maps.card) is None:
+            st.warning(words.HEAD_DIM_UNKNOWN, icon=":material/warning:")
         st.code(text, language=None, wrap_lines=True)
     if kernel == "ours" and "prefill" in factors:
         st.markdown("The kernels of this package take the factor as it is:")

@@ -89,7 +89,12 @@ def test_lanes_hold_gaps_splits_and_votes_of_the_simulator(page, scans) -> None:
     assert "3,001 keys in 24 tiles of 128: 4 splits, contiguous, plain" in data["title"]
 
 
-def test_every_position_of_the_slider_says_what_the_simulator_decides(page, scans) -> None:
+def attended(trace, tiles):
+    q, k, v = trace.q[:, TOKEN][None], trace.k[:, : TOKEN + 1], trace.v[:, : TOKEN + 1]
+    return attend_decode(q, k, v, tiles, softmax_scale=trace.softmax_scale)
+
+
+def test_every_position_of_the_slider_says_what_the_simulator_decides(page, trace, scans) -> None:
     data = lanes(page)
     for step in (0, 1, 60, 85, 100, 121, 122):
         threshold = [*data["thresholds"], THRESHOLD][step]
@@ -99,7 +104,9 @@ def test_every_position_of_the_slider_says_what_the_simulator_decides(page, scan
         if not tiles.skipped.any():
             assert "no tile is skipped" in said
         else:
-            skipped, spared, ratio = re.findall(r"\*\*([\d.]+)[ ×]", said)
+            skipped, lost, spared, ratio = re.findall(r"\*\*([\d.]+)[ ×]", said)
+            most = attended(trace, tiles).dropped_mass.max()
+            assert float(lost) == pytest.approx(100 * most, rel=0.06)
             assert float(skipped) == pytest.approx(100 * tiles.sparsity[0], abs=0.5)
             assert float(spared) == pytest.approx(100 * (1 - moved.v / moved.dense_v), abs=0.5)
             assert float(ratio) == pytest.approx(moved.dense / moved.total, abs=0.005)
@@ -129,13 +136,7 @@ def test_ledger_votes_and_losses_are_the_simulators(page, trace, scans) -> None:
     [said] = [one.value for one in page.markdown if one.value.startswith("Tile 20, keys 2,560")]
     assert "number 3 of 6 that split 3 visits" in said
     assert ("**Skipped**" in said) == bool(tiles.skipped[0, 0, 20])
-    out = attend_decode(
-        trace.q[:, TOKEN][None],
-        trace.k[:, : TOKEN + 1],
-        trace.v[:, : TOKEN + 1],
-        tiles,
-        softmax_scale=trace.softmax_scale,
-    )
+    out = attended(trace, tiles)
     alone = scans["head"].decide(THRESHOLD).sparsity
     for head, (lost, certified, share) in enumerate(rows(page, "| head | attention lost").values()):
         for text, value in (
