@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -90,12 +91,10 @@ def step_of(source: Source, kv: int, token: int, how: How) -> Step:
     trace, heads = source.trace, heads_of(source.trace, kv)
     q = trace.q[heads.start : heads.stop, token - first_token(trace)][None]
     k, v = (x[kv : kv + 1, : token + 1] for x in (trace.k, trace.v))
-    together, alone = (
-        scan_decode(
-            q, k, [token + 1], vote=vote, softmax_scale=trace.softmax_scale, mass=True, **vars(how)
-        )
-        for vote in ("group", "head")
+    scanned = partial(
+        scan_decode, q, k, [token + 1], softmax_scale=trace.softmax_scale, **vars(how)
     )
+    together, alone = scanned(vote="group", mass=True), scanned(vote="head")
     return Step(q, k, v, trace.softmax_scale, together, alone)
 
 
@@ -127,7 +126,7 @@ def lanes_data(
             decode_headline(
                 x,
                 float(tiles.sparsity[0]),
-                _most_lost(step.together, tiles),
+                float(step.together.dropped_mass(tiles).max()),
                 1 - one.v / one.dense_v,
                 expected_speed_up(one),
             )
@@ -145,12 +144,6 @@ def lanes_data(
         "title": f"The cache, {length:,} keys in {n} tiles of {how.keys}: {splits}, {kind}",
         "label": f"Cache of {length:,} keys in {n} tiles, {splits}, {kind}",
     }
-
-
-def _most_lost(scan: DecodeScan, tiles: DecodeTiles) -> float:
-    """Dropped mass of the head that loses most."""
-    assert scan.mass is not None
-    return float((scan.mass[0] * tiles.skipped[0]).sum(axis=1).max())
 
 
 def _counts(step: Step, setting: Setting, names: list[str]) -> list[list[str]]:

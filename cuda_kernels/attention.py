@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import warnings
-from collections import OrderedDict
-from threading import get_ident
 from typing import Any
 
 import numpy as np
@@ -14,14 +12,13 @@ from cuda_kernels import arrays
 from cuda_kernels.backends import TENSOR_CORE_BACKENDS, choose, detect
 from cuda_kernels.checks import check_lengths, check_out, check_tensors
 from cuda_kernels.plan import PrefillPlan, Settings, emulated, why_not_tensor_cores
+from cuda_kernels.remembered import Remembered, call_of
 from cuda_kernels.report import SkipReport
 from sim.geometry import ORDERS, Grid, check_order
 from sim.scores import check_scale
 from sim.threshold import ln_threshold, resolve
 
-_PLANS: OrderedDict[Any, PrefillPlan] = OrderedDict()  # a host thread's own, as plans have to be
-MAX_PLANS = 64  # that the door remembers
-_PLAIN = (int, float, str, np.generic)
+_PLANS = Remembered()
 
 
 def skip_softmax_attention(
@@ -135,12 +132,11 @@ def skip_softmax_attention(
     )  # fmt: skip
     known = None
     if backend in (None, *TENSOR_CORE_BACKENDS) and not emulate:
-        known = _known(
+        known = call_of(
             (q, k, v, out), (backend, *asked, cu_seqlens_q, cu_seqlens_k, page_table, sink_logits)
         )
         plan = _PLANS.get(known)
         if plan is not None:
-            _PLANS.move_to_end(known)
             return _run(plan, q, k, v, out, return_report)
     not_built = {
         "cu_seqlens_q": cu_seqlens_q,
@@ -170,10 +166,7 @@ def skip_softmax_attention(
             raise ValueError(f"the {chosen} kernel {misfit}")
         if not emulate:
             plan = PrefillPlan(q, k, v, settings, out, chosen)
-            if known is not None:
-                _PLANS[known] = plan
-                while len(_PLANS) > MAX_PLANS:
-                    _PLANS.popitem(last=False)  # the one that was not called for longest
+            _PLANS.keep(known, plan)
             return _run(plan, q, k, v, out, return_report)
         result = arrays.empty_like(q, out_shape)
         report = emulated(q, k, v, result, settings, chosen)
@@ -268,17 +261,6 @@ def _settings(
         ]
     )
     return Settings(grid, order, check_scale(scale, head_dim), lam, spans, gap)
-
-
-def _known(tensors: tuple[Any, ...], asked: tuple[Any, ...]) -> Any:
-    """Name a call by all that its checks look at but addresses; None where that is not quick."""
-    for x in asked:
-        if not (x is None or isinstance(x, _PLAIN)) and not (
-            isinstance(x, tuple) and all(isinstance(y, _PLAIN) for y in x)
-        ):
-            return None
-    forms = [arrays.form(x) if x is not None else () for x in tensors]
-    return None if None in forms else (get_ident(), asked, *forms)
 
 
 def _run(plan: PrefillPlan, q: Any, k: Any, v: Any, out: Any, return_report: bool) -> Any:

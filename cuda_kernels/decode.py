@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike
 
 from cuda_kernels import arrays
-from cuda_kernels.attention import MAX_PLANS, _known
 from cuda_kernels.backends import TENSOR_CORES, detect
 from cuda_kernels.checks import check_alike, check_heads, check_out
 from cuda_kernels.decode_plan import (
@@ -22,11 +20,12 @@ from cuda_kernels.decode_plan import (
     choose_splits,
     emulated,
 )
+from cuda_kernels.remembered import Remembered, call_of
 from sim.geometry import MAX_LENGTH, check_order
 from sim.scores import check_scale
 from sim.threshold import from_scale_factor, resolve
 
-_PLANS: OrderedDict[Any, DecodePlan] = OrderedDict()
+_PLANS = Remembered()
 PAGES = (16, 64, 128)
 MAX_QUERY_TOKENS = 8
 LAYOUTS = {
@@ -155,8 +154,10 @@ def skip_softmax_decode(
             threshold is None, threshold_scale_factor is None,
             None if "threshold" in changes else rule,
         )  # fmt: skip
-        known = _known((q, k, v, *changes.values()), fixed)
-    plan = _PLANS.get(known) if known is not None else None
+        known = call_of((q, k, v, *changes.values()), fixed)
+        if known is not None:  # calls on two streams must not share partial results
+            known = arrays.current_stream(q), *known
+    plan = _PLANS.get(known)
     if plan is None:
         tensors, settings = _prepare(
             q, k, v, seq_lens, page_table, layout, threshold, threshold_scale_factor, keys, order,
@@ -166,10 +167,7 @@ def skip_softmax_decode(
             report = emulated(tensors, settings, workspace)
             return (tensors["out"], report) if return_report else tensors["out"]
         plan = DecodePlan(tensors, settings, workspace)
-        if known is not None:
-            _PLANS[known] = plan
-            while len(_PLANS) > MAX_PLANS:
-                _PLANS.popitem(last=False)
+        _PLANS.keep(known, plan)
         changes = {"out": tensors["out"]}
     return plan.fresh(q, k, v, **changes) if return_report else plan(q, k, v, **changes)
 

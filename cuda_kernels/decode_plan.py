@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cuda_kernels import arrays
-from cuda_kernels.plan import _abi, _form, _words
+from cuda_kernels.plan import abi_of, check_form, form_of
 from sim.geometry import COMPUTED, MASKED, ORDERS, SKIPPED
 
 if TYPE_CHECKING:
@@ -259,7 +259,7 @@ class DecodePlan:
             workspace = arrays.full(q, (max(settings.workspace_size, 1),), 0)
         self._own = {name: tensors[name] for name in _NAMES[4:]}
         self._is_torch = arrays.library_of(q) == "torch"
-        self._forms = {name: _form(tensors[name]) for name in _NAMES}
+        self._forms = {name: form_of(tensors[name]) for name in _NAMES}
         self._results = _results(self.report, q)
         self._workspace = workspace
         partials, counters = _parts_of_workspace(settings)
@@ -273,10 +273,10 @@ class DecodePlan:
             _grid(settings),
             THREADS,
             shared,
-            *(_abi(tensors[name]) for name in _NAMES),
+            *(abi_of(tensors[name]) for name in _NAMES),
             (partials, _strides(partials), 4),
             (counters, _strides(counters), 4),
-            *(_abi(x) for x in self._results),
+            *(abi_of(x) for x in self._results),
             *_scalars(settings, ctypes.c_float, ctypes.c_uint8, ctypes.c_int32),
         )
 
@@ -335,17 +335,7 @@ class DecodePlan:
     def _launch(self, given: dict[str, Any], results: tuple[Any, ...]) -> None:
         addresses = []
         for name, x in given.items():
-            shape, strides, dtype, device = self._forms[name]
-            if not (
-                x.shape == shape
-                and (x.stride() if self._is_torch else x.strides) == strides
-                and x.dtype == dtype
-                and x.device == device
-            ):
-                raise ValueError(
-                    f"{name} must be as planned, {_words(self._forms[name])}; "
-                    f"got {_words(_form(x))}"
-                )
+            check_form(name, x, self._forms[name], self._is_torch)
             addresses.append(arrays.address(x))
         for name, at in zip(_NAMES[:4], addresses, strict=False):
             if at & 15:

@@ -380,6 +380,7 @@ class _Placed:
         self._memory = encode(tensor_map)
         self.encoded = (ctypes.c_uint8 * 128).from_buffer(self._memory)
         self._map = driver.CUtensorMap(_ptr=self._memory.ctypes.data)
+        self._replace = driver.cuTensorMapReplaceAddress
         self._value = tensor_map.address
 
     @property
@@ -391,9 +392,7 @@ class _Placed:
     def value(self, address: int) -> None:
         if address == self._value:
             return
-        from cuda.bindings import driver
-
-        (status,) = driver.cuTensorMapReplaceAddress(self._map, address)
+        (status,) = self._replace(self._map, address)
         _check(status, f"no tensor map can be at 0x{address:x}")
         self._value = address
 

@@ -115,14 +115,14 @@ class PrefillPlan:
         if out is None:
             out = arrays.empty_like(q, (*q.shape[:3], v.shape[3]))
         self._is_torch = arrays.library_of(q) == "torch"
-        self._forms = [_form(x) for x in (q, k, v, out)]
+        self._forms = [form_of(x) for x in (q, k, v, out)]
         self._constants = _constants(q, settings)
         self.report = make_report(q, settings, backend)
         fields = _fields(self.report, q)
         self._addresses = [arrays.layout(x)[1] for x in (*self._constants, *fields)]
         device = cuda.get_current_device().id
         kinds = {"real": ctypes.c_float, "boolean": ctypes.c_uint8, "integer": ctypes.c_int32}
-        tensors = [_abi(x) for x in (q, k, v, out)]
+        tensors = [abi_of(x) for x in (q, k, v, out)]
         if recipe.boxes is not None:
             bits = (arrays.as_bits(x) for x in (q, k, v, out))
             tensors = [TensorMap(x, box) for x, box in zip(bits, recipe.boxes, strict=True)]
@@ -132,7 +132,7 @@ class PrefillPlan:
             recipe.threads,
             recipe.shared_bytes,
             *tensors,
-            *(_abi(x) for x in (*self._constants, *fields)),
+            *(abi_of(x) for x in (*self._constants, *fields)),
             *(kinds[kind](value) for kind, value in recipe.scalars),
         )
 
@@ -174,16 +174,7 @@ class PrefillPlan:
     def _launch(self, q: Any, k: Any, v: Any, out: Any, rest: list[int]) -> None:
         addresses = [arrays.address(x) for x in (q, k, v, out)]
         for name, x, form, at in zip(_NAMES, (q, k, v, out), self._forms, addresses, strict=True):
-            shape, strides, dtype, device = form
-            if not (
-                x.shape == shape
-                and (x.stride() if self._is_torch else x.strides) == strides
-                and x.dtype == dtype
-                and x.device == device
-            ):
-                raise ValueError(
-                    f"{name} must be as planned, {_words(form)}; got {_words(_form(x))}"
-                )
+            check_form(name, x, form, self._is_torch)
             if at & 15:
                 raise ValueError(f"{name} must start at a multiple of 16 bytes, got 0x{at:x}")
         self._launcher(arrays.current_stream(q), *addresses, *rest)
@@ -285,10 +276,22 @@ def _scalars(settings: Settings) -> tuple[tuple[str, Any], ...]:
     )
 
 
-def _form(array: Any) -> tuple[Any, ...]:
+def form_of(array: Any) -> tuple[Any, ...]:
     """What a plan needs to be the same: shape, strides in elements or bytes, dtype, device."""
     strides = array.stride() if hasattr(array, "stride") else array.strides
     return array.shape, strides, array.dtype, array.device
+
+
+def check_form(name: str, array: Any, form: tuple[Any, ...], is_torch: bool) -> None:
+    """Refuse an array that is not like the one a plan was made for."""
+    shape, strides, dtype, device = form
+    if not (
+        array.shape == shape
+        and (array.stride() if is_torch else array.strides) == strides
+        and array.dtype == dtype
+        and array.device == device
+    ):
+        raise ValueError(f"{name} must be as planned, {_words(form)}; got {_words(form_of(array))}")
 
 
 def _words(form: tuple[Any, ...]) -> str:
@@ -296,6 +299,7 @@ def _words(form: tuple[Any, ...]) -> str:
     return f"{list(shape)} with strides {list(strides)}, {dtype} on {device}"
 
 
-def _abi(array: Any) -> tuple[tuple[int, ...], tuple[int, ...], int]:
+def abi_of(array: Any) -> tuple[tuple[int, ...], tuple[int, ...], int]:
+    """Shape, strides in bytes and bytes of an element, as ``Launcher`` takes an array."""
     strides, _ = arrays.layout(array)
     return tuple(array.shape), strides, array.dtype.itemsize

@@ -125,9 +125,8 @@ def _decode(
 ) -> Configuration:
     from cuda_kernels.decode_mma import SIGNATURE, shared_bytes
 
-    build = ("skip" if skip else "dense") + (", gaps" if gap else "")
     return Configuration(
-        name=f"decode_mma head_dim {head_dim}, {keys} keys, {dtype}, {build}",
+        name=f"decode_mma {keys} keys, {_words(head_dim, head_dim, dtype, skip, gap)}",
         factory="cuda_kernels.decode_mma:make_kernel",
         arguments=(head_dim, keys, ("f16", "bf16").index(dtype), skip, gap),
         signature=SIGNATURE,

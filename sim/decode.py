@@ -242,6 +242,35 @@ class DecodeScan:
         state[~self.visited] = MASKED
         return DecodeTiles(state, self.grid, lam, short)
 
+    def dropped_mass(self, tiles: DecodeTiles) -> NDArray[np.float64]:
+        """True softmax probability δ of each head that fell into skipped tiles.
+
+        Parameters
+        ----------
+        tiles : DecodeTiles
+
+        Returns
+        -------
+        ndarray, shape [steps, Hq], float64
+
+        Raises
+        ------
+        ValueError
+            If the scan has no masses.
+
+        Examples
+        --------
+        >>> rng = np.random.default_rng(0)
+        >>> q, k = 4 * rng.standard_normal((1, 4, 64)), rng.standard_normal((2, 512, 64))
+        >>> one = scan_decode(q, k, [500], mass=True)
+        >>> one.dropped_mass(one.decide(0.0)).tolist()
+        [[0.0, 0.0, 0.0, 0.0]]
+        """
+        if self.mass is None:
+            raise ValueError("the dropped mass needs scan_decode(mass=True)")
+        skipped = tiles.skipped.repeat(self.mass.shape[1] // tiles.skipped.shape[1], axis=1)
+        return np.where(skipped, self.mass, 0).sum(axis=2, dtype=np.float64)
+
 
 @dataclass(frozen=True, eq=False)
 class DecodeTiles:

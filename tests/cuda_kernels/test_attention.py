@@ -1,6 +1,5 @@
 """The public door: shapes and dtypes in and out, every refusal, thresholds per request and head."""
 
-from collections import OrderedDict
 from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
@@ -15,6 +14,7 @@ from cuda_kernels import (
     skip_softmax_attention,
     skip_softmax_plan,
 )
+from cuda_kernels.remembered import Remembered
 
 RNG = np.random.default_rng(5)
 Q = RNG.standard_normal((2, 40, 4, 16)).astype(np.float16)
@@ -279,7 +279,7 @@ def planned(monkeypatch):
             return self.number
 
     monkeypatch.setattr("cuda_kernels.attention.PrefillPlan", Plan)
-    monkeypatch.setattr("cuda_kernels.attention._PLANS", OrderedDict())
+    monkeypatch.setattr("cuda_kernels.attention._PLANS", Remembered())
     monkeypatch.setattr("cuda_kernels.attention.detect", lambda: Device("gpu", "", "Card", (9, 0)))
     return made
 
@@ -319,7 +319,7 @@ def test_a_host_thread_has_plans_of_its_own(planned, library):
 
 @by_library
 def test_the_plan_that_was_not_called_for_longest_goes(planned, library, monkeypatch):
-    monkeypatch.setattr("cuda_kernels.attention.MAX_PLANS", 2)
+    monkeypatch.setattr("cuda_kernels.remembered.MAX_PLANS", 2)
     calls = [
         skip_softmax_attention(*tensors(library), threshold=threshold)
         for threshold in (0.1, 0.2, 0.1, 0.3, 0.1, 0.2)

@@ -13,6 +13,7 @@ from cuda_kernels import arrays, detect, skip_softmax_decode, skip_softmax_decod
 from cuda_kernels.decode_mma import SIGNATURE
 from cuda_kernels.decode_plan import choose_splits
 from cuda_kernels.emulator import emulate
+from cuda_kernels.remembered import Remembered
 
 
 def name(case):
@@ -240,6 +241,39 @@ def imitated_gpu(monkeypatch):
     monkeypatch.setattr("cuda_kernels.launch.Launcher", ImitatedLauncher)
     monkeypatch.setattr("cuda_kernels.decode._check_gpu", lambda q: None)
     monkeypatch.setattr(arrays, "address", lambda x: arrays.layout(x)[1])
+
+
+class OnCard(np.ndarray):
+    """What the door sees of a CuPy array."""
+
+    __module__ = "cupy"
+    device = SimpleNamespace(id=0)
+
+
+def test_plans_are_remembered_for_each_stream_and_the_oldest_call_goes(monkeypatch):
+    made, stream = [], [7]
+
+    def plan(*_):
+        number = len(made)
+        made.append(number)
+        return lambda *_, **__: number
+
+    tensors = {"out": None}
+    monkeypatch.setattr("cuda_kernels.decode._PLANS", Remembered())
+    monkeypatch.setattr("cuda_kernels.remembered.MAX_PLANS", 3)
+    monkeypatch.setattr("cuda_kernels.decode._prepare", lambda *_, **__: (tensors, None))
+    monkeypatch.setattr("cuda_kernels.decode.DecodePlan", plan)
+    monkeypatch.setattr(arrays, "current_stream", lambda q: stream[0])
+    x = np.zeros((1, 1, 2, 64), np.float16).view(OnCard)
+
+    def call(threshold):
+        return skip_softmax_decode(x, x, x, threshold=threshold)
+
+    assert [call(lam) for lam in (0.1, 0.1, 0.2)] == [0, 0, 1]
+    stream[0] = 8  # partial results of the other stream may be in use
+    assert [call(0.1), call(0.1)] == [2, 2]
+    stream[0] = 7
+    assert [call(lam) for lam in (0.1, 0.3, 0.1, 0.2)] == [0, 3, 0, 4]  # 0.2 went, 0.1 did not
 
 
 def test_a_plan_hands_over_what_the_emulator_was_given(imitated_gpu):

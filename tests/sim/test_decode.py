@@ -478,3 +478,16 @@ def test_attend_refuses_what_does_not_fit():
         attend_decode(q[0], k, v, tiles)
     with pytest.raises(ValueError, match="page must be an integer of at least 1, got 0"):
         decode_bytes(tiles, 64, page=0)
+
+
+@pytest.mark.parametrize("vote", ["group", "head"])
+def test_masses_of_skipped_tiles_are_what_attention_drops(vote):
+    rng = np.random.default_rng(4)
+    q, k, v = 3 * rng.standard_normal((2, 4, 16)), *rng.standard_normal((2, 2, 90, 16))
+    scan = scan_decode(q, k, [80, 90], keys=8, vote=vote, mass=True)
+    tiles = scan.decide(0.3)
+    dropped = scan.dropped_mass(tiles)
+    assert (dropped.max(axis=1) > 0).all()
+    np.testing.assert_allclose(dropped, attend_decode(q, k, v, tiles).dropped_mass, atol=1e-5)
+    with pytest.raises(ValueError, match=r"the dropped mass needs scan_decode\(mass=True\)"):
+        scan_decode(q, k, [80, 90]).dropped_mass(tiles)
