@@ -14,6 +14,7 @@ from cuda_kernels import (
     skip_softmax_attention,
     skip_softmax_plan,
 )
+from cuda_kernels.plan import check_form, form_of
 from cuda_kernels.remembered import Remembered
 
 RNG = np.random.default_rng(5)
@@ -338,3 +339,22 @@ def test_what_is_not_plain_is_checked_each_time(planned, library):
             skip_softmax_attention(*tensors(library), threshold=0.1, q_lens=[500])
         with pytest.raises(ValueError, match="threshold must be finite"):
             skip_softmax_attention(*tensors(library), threshold=float("nan"))
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        np.zeros((1, 60, 2, 64), np.float16),
+        np.zeros((1, 64, 2, 72), np.float16)[..., :64],
+        np.zeros((1, 64, 2, 64), np.int16),
+        SimpleNamespace(
+            shape=(1, 64, 2, 64), strides=(16384, 256, 128, 2), dtype=np.dtype(np.float16), device=1
+        ),
+    ],
+    ids=["shape", "strides", "dtype", "device"],
+)
+def test_arrays_of_another_form_than_planned_are_refused(other):
+    planned_for = np.zeros((1, 64, 2, 64), np.float16)
+    check_form("k", planned_for.copy(), form_of(planned_for), False)
+    with pytest.raises(ValueError, match=r"k must be as planned, \[1, 64, 2, 64\] with strides"):
+        check_form("k", other, form_of(planned_for), False)
