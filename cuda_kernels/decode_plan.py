@@ -11,7 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cuda_kernels import arrays
-from cuda_kernels.plan import abi_of, check_form, form_of
+from cuda_kernels.forms import Forms
+from cuda_kernels.plan import abi_of
 from sim.geometry import COMPUTED, MASKED, ORDERS, SKIPPED
 
 if TYPE_CHECKING:
@@ -258,8 +259,8 @@ class DecodePlan:
         if workspace is None:
             workspace = arrays.full(q, (max(settings.workspace_size, 1),), 0)
         self._own = {name: tensors[name] for name in _NAMES[4:]}
-        self._is_torch = arrays.library_of(q) == "torch"
-        self._forms = {name: form_of(tensors[name]) for name in _NAMES}
+        self._forms = Forms({name: tensors[name] for name in _NAMES})
+        self._stream = arrays.stream_of(q)
         self._results = _results(self.report, q)
         self._workspace = workspace
         partials, counters = _parts_of_workspace(settings)
@@ -268,6 +269,7 @@ class DecodePlan:
         if settings.splits == 1:
             at_counters = start
         self._workspace_at = [start, at_counters]
+        self._results_at = [arrays.layout(x)[1] for x in self._results]
         self._launcher = Launcher(
             load(kernel, SIGNATURE, shared, cuda.get_current_device().id),
             _grid(settings),
@@ -305,7 +307,7 @@ class DecodePlan:
             If an array has another shape, other strides, another dtype or device.
         """
         given = self._given(q, k, v, out, seq_lens, page_table, threshold)
-        self._launch(given, self._results)
+        self._launch(given, self._results_at)
         if seq_lens is not None or threshold is not None:
             self.report = replace(self.report, seq_lens=given["seq_lens"], given=given["threshold"])
         return given["out"]
@@ -317,7 +319,7 @@ class DecodePlan:
         """Launch, and return the output and a report of its own."""
         given = self._given(q, k, v, out, seq_lens, page_table, threshold)
         report = make_report(given, self.settings, self.report.backend)
-        self._launch(given, _results(report, q))
+        self._launch(given, [arrays.layout(x)[1] for x in _results(report, q)])
         return given["out"], report
 
     def _given(
@@ -332,17 +334,9 @@ class DecodePlan:
         changed = {"page_table": page_table, "seq_lens": seq_lens, "threshold": threshold}
         return given | {name: x for name, x in changed.items() if x is not None}
 
-    def _launch(self, given: dict[str, Any], results: tuple[Any, ...]) -> None:
-        addresses = []
-        for name, x in given.items():
-            check_form(name, x, self._forms[name], self._is_torch)
-            addresses.append(arrays.address(x))
-        for name, at in zip(_NAMES[:4], addresses, strict=False):
-            if at & 15:
-                raise ValueError(f"{name} must start at a multiple of 16 bytes, got 0x{at:x}")
-        addresses += self._workspace_at
-        addresses += (arrays.address(x) for x in results)
-        self._launcher(arrays.current_stream(given["q"]), *addresses)
+    def _launch(self, given: dict[str, Any], results: list[int]) -> None:
+        at = self._forms.addresses(*given.values())
+        self._launcher(self._stream(), *at, *self._workspace_at, *results)
 
 
 def emulated(

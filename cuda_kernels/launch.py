@@ -16,7 +16,7 @@ import subprocess
 import tempfile
 from collections import Counter
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -441,10 +441,10 @@ class Launcher:
             values += [ctypes.c_int64(n) for n in (*shape, *strides)]
         self._values = values
         self._pointers = (ctypes.c_void_p * len(values))(*map(ctypes.addressof, values))
-        self._where = (*grid, threads, 1, 1, shared_bytes)
-        self._function = driver.CUfunction(function)
+        where = (*grid, threads, 1, 1, shared_bytes)
+        self._launch = partial(driver.cuLaunchKernel, driver.CUfunction(function), *where)
         self._parameters = ctypes.addressof(self._pointers)
-        self._launch, self._success = driver.cuLaunchKernel, driver.CUresult.CUDA_SUCCESS
+        self._success = driver.CUresult.CUDA_SUCCESS
 
     def __call__(self, stream: int, *addresses: int) -> None:
         """Launch.
@@ -454,16 +454,17 @@ class Launcher:
         stream : int
             Handle of a CUDA stream; 0 is the default stream.
         *addresses : int
-            Of the arrays, in the order of the signature.
+            Of the arrays, in the order of the signature.  The last ones may be left out where they
+            are what they were in the call before.
 
         Raises
         ------
         RuntimeError
             If the driver refuses.
         """
-        for slot, address in zip(self._addresses, addresses, strict=True):
+        for slot, address in zip(self._addresses, addresses, strict=False):
             slot.value = address
-        (status,) = self._launch(self._function, *self._where, stream, self._parameters, 0)
+        (status,) = self._launch(stream, self._parameters, 0)
         if status != self._success:
             _check(status, "the launch failed")
 

@@ -10,12 +10,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cuda_kernels import arrays
+from cuda_kernels.forms import Forms
 from cuda_kernels.ptx.tensor_map import TensorMap
 from cuda_kernels.report import SkipReport
 from sim.geometry import ORDERS, Grid
 from sim.threshold import ln_threshold
-
-_NAMES = ("q", "k", "v", "out")
 
 
 @dataclass(frozen=True, eq=False)
@@ -114,12 +113,14 @@ class PrefillPlan:
         self._settings, self._backend = settings, backend
         if out is None:
             out = arrays.empty_like(q, (*q.shape[:3], v.shape[3]))
-        self._is_torch = arrays.library_of(q) == "torch"
-        self._forms = [form_of(x) for x in (q, k, v, out)]
+        self._out_shape = out.shape
+        self._forms = Forms({"q": q, "k": k, "v": v, "out": out})
+        self._stream = arrays.stream_of(q)
         self._constants = _constants(q, settings)
         self.report = make_report(q, settings, backend)
         fields = _fields(self.report, q)
         self._addresses = [arrays.layout(x)[1] for x in (*self._constants, *fields)]
+        self._displaced: list[int] = self._addresses  # what the launcher does not have of them
         device = cuda.get_current_device().id
         kinds = {"real": ctypes.c_float, "boolean": ctypes.c_uint8, "integer": ctypes.c_int32}
         tensors = [abi_of(x) for x in (q, k, v, out)]
@@ -157,27 +158,23 @@ class PrefillPlan:
         """
         if out is None:
             out = self.empty_out(q)
-        self._launch(q, k, v, out, self._addresses)
+        at = self._forms.addresses(q, k, v, out)
+        self._launcher(self._stream(), *at, *self._displaced)
+        self._displaced = []
         return out
 
     def empty_out(self, q: Any) -> Any:
         """Allocate an output."""
-        return arrays.empty_like(q, self._forms[3][0])
+        return arrays.empty_like(q, self._out_shape)
 
     def fresh(self, q: Any, k: Any, v: Any, out: Any) -> SkipReport:
         """Launch, and return a report of its own."""
         report = make_report(q, self._settings, self._backend)
         results = [arrays.layout(x)[1] for x in _fields(report, q)]
-        self._launch(q, k, v, out, [*self._addresses[:2], *results])
+        at = self._forms.addresses(q, k, v, out)
+        self._displaced = self._addresses
+        self._launcher(self._stream(), *at, *self._addresses[:2], *results)
         return report
-
-    def _launch(self, q: Any, k: Any, v: Any, out: Any, rest: list[int]) -> None:
-        addresses = [arrays.address(x) for x in (q, k, v, out)]
-        for name, x, form, at in zip(_NAMES, (q, k, v, out), self._forms, addresses, strict=True):
-            check_form(name, x, form, self._is_torch)
-            if at & 15:
-                raise ValueError(f"{name} must start at a multiple of 16 bytes, got 0x{at:x}")
-        self._launcher(arrays.current_stream(q), *addresses, *rest)
 
 
 def emulated(
@@ -274,29 +271,6 @@ def _scalars(settings: Settings) -> tuple[tuple[str, Any], ...]:
         ("integer", window),
         ("integer", ORDERS.index(settings.order)),
     )
-
-
-def form_of(array: Any) -> tuple[Any, ...]:
-    """What a plan needs to be the same: shape, strides in elements or bytes, dtype, device."""
-    strides = array.stride() if hasattr(array, "stride") else array.strides
-    return array.shape, strides, array.dtype, array.device
-
-
-def check_form(name: str, array: Any, form: tuple[Any, ...], is_torch: bool) -> None:
-    """Refuse an array that is not like the one a plan was made for."""
-    shape, strides, dtype, device = form
-    if not (
-        array.shape == shape
-        and (array.stride() if is_torch else array.strides) == strides
-        and array.dtype == dtype
-        and array.device == device
-    ):
-        raise ValueError(f"{name} must be as planned, {_words(form)}; got {_words(form_of(array))}")
-
-
-def _words(form: tuple[Any, ...]) -> str:
-    shape, strides, dtype, device = form
-    return f"{list(shape)} with strides {list(strides)}, {dtype} on {device}"
 
 
 def abi_of(array: Any) -> tuple[tuple[int, ...], tuple[int, ...], int]:

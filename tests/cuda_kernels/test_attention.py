@@ -14,7 +14,8 @@ from cuda_kernels import (
     skip_softmax_attention,
     skip_softmax_plan,
 )
-from cuda_kernels.plan import check_form, form_of
+from cuda_kernels.arrays import layout
+from cuda_kernels.forms import Forms
 from cuda_kernels.remembered import Remembered
 
 RNG = np.random.default_rng(5)
@@ -243,8 +244,9 @@ class OnCard(np.ndarray):
     """What the door sees of a CuPy array."""
 
     __module__ = "cupy"
-    device = SimpleNamespace(id=0)
-    data = property(lambda self: SimpleNamespace(ptr=self.ctypes.data))
+    card = 0
+    device = property(lambda self: SimpleNamespace(id=self.card))
+    data = property(lambda self: SimpleNamespace(ptr=self.ctypes.data, device_id=self.card))
 
 
 class Tensor:
@@ -285,6 +287,7 @@ def planned(monkeypatch):
     return made
 
 
+ARRAY = np.zeros((1, 64, 2, 64), np.float16)
 LIBRARIES = {"cupy": lambda x: x.view(OnCard), "torch": Tensor}
 by_library = pytest.mark.parametrize("library", LIBRARIES)
 
@@ -341,20 +344,50 @@ def test_what_is_not_plain_is_checked_each_time(planned, library):
             skip_softmax_attention(*tensors(library), threshold=float("nan"))
 
 
-@pytest.mark.parametrize(
-    "other",
-    [
-        np.zeros((1, 64, 2, 64), np.float16)[:, :60],
-        np.zeros((1, 64, 2, 72), np.float16)[..., :64],
-        np.zeros((1, 64, 2, 64), np.int16),
-        SimpleNamespace(
-            shape=(1, 64, 2, 64), strides=(16384, 256, 128, 2), dtype=np.dtype(np.float16), device=1
-        ),
-    ],
-    ids=["shape", "strides", "dtype", "device"],
-)
-def test_arrays_of_another_form_than_planned_are_refused(other):
-    planned_for = np.zeros((1, 64, 2, 64), np.float16)
-    check_form("k", planned_for.copy(), form_of(planned_for), False)
-    with pytest.raises(ValueError, match=r"k must be as planned, \[1, 64, 2, 64\] with strides"):
-        check_form("k", other, form_of(planned_for), False)
+OTHERS = {
+    "shape": {"array": ARRAY[:, :60]},
+    "strides": {"array": np.zeros((1, 64, 2, 72), np.float16)[..., :64]},
+    "dtype": {"array": np.zeros((1, 64, 2, 64), np.int16)},
+    "device": {"card": 1},
+}
+
+
+def made(library, array=ARRAY, card=0):
+    """Give an array that says it is on a GPU."""
+    x = LIBRARIES[library](array)
+    if library == "torch":
+        x.dtype, x.device = f"torch.{array.dtype}", f"cuda:{card}"
+    else:
+        x.card = card
+    return x
+
+
+@by_library
+@pytest.mark.parametrize("which", range(5))
+def test_arrays_of_another_form_than_planned_are_refused(library, which):
+    names = ("q", "k", "v", "out", "lens")
+    alike = [made(library, np.zeros_like(ARRAY)) for _ in names]
+    forms = Forms(dict(zip(names, alike, strict=True)))
+    calls = [made(library, np.zeros_like(ARRAY)) for _ in names]
+    assert forms.addresses(*calls) == [layout(x)[1] for x in calls]
+    planned = {other: r"\[1, 64, 2, 64\] with strides \[" for other in OTHERS} | {"library": "of"}
+    for change, sentence in planned.items():
+        other = ARRAY if change == "library" else made(library, **OTHERS[change])
+        with pytest.raises(ValueError, match=f"^{names[which]} must be as planned, {sentence}"):
+            forms.addresses(*calls[:which], other, *calls[which + 1 :])
+
+
+@by_library
+@pytest.mark.parametrize("which", range(5))
+def test_arrays_that_kernels_copy_in_chunks_start_at_16_bytes(library, which):
+    names = ("q", "k", "v", "out", "lens")
+    calls = [made(library, np.zeros_like(ARRAY)) for _ in names]
+    forms = Forms(dict(zip(names, calls, strict=True)))
+    room = np.zeros(ARRAY.size + 16, np.float16)
+    start = (-room.ctypes.data % 16) // 2 + 1
+    calls[which] = made(library, room[start : start + ARRAY.size].reshape(ARRAY.shape))
+    if which == 4:
+        assert forms.addresses(*calls)[4] % 16 == 2
+        return
+    with pytest.raises(ValueError, match=f"^{names[which]} must start at a multiple of 16 bytes"):
+        forms.addresses(*calls)

@@ -80,8 +80,10 @@ def read(played):
 def test_a_launch_changes_stream_and_addresses_only(played):
     array = ((3, 5), (24, 4), 4)
     launcher = Launcher(7, (2, 3, 4), 128, 512, array, ctypes.c_float(1.5), array)
-    for stream, addresses in ((0, (16, 32)), (9, (48, 64))):
-        launcher(stream, *addresses)
+    for stream, given, addresses in (
+        (0, (16, 32), (16, 32)), (9, (48, 64), (48, 64)), (9, (80,), (80, 64))
+    ):  # fmt: skip
+        launcher(stream, *given)
         function, *where = played["cuLaunchKernel"][:9]
         assert (int(function), where) == (7, [2, 3, 4, 128, 1, 1, 512, stream])
         pointers = (ctypes.c_void_p * 19).from_address(read(played))
