@@ -9,8 +9,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from cuda_kernels import arrays
+from cuda_kernels import arrays, gpu
+from cuda_kernels.blocks import prefill_mma, prefill_wgmma
+from cuda_kernels.blocks.grid import NO_WINDOW
 from cuda_kernels.forms import Forms
+from cuda_kernels.kernel import Kernel
 from cuda_kernels.ptx.tensor_map import TensorMap
 from cuda_kernels.report import SkipReport
 from sim.geometry import ORDERS, Grid
@@ -68,8 +71,7 @@ class Recipe:
 
     Attributes
     ----------
-    kernel : ``@cuda.jit`` kernel
-    signature : str
+    kernel : Kernel
     shared_bytes : int
         Dynamic shared memory of a block.
     grid : tuple of int
@@ -80,8 +82,7 @@ class Recipe:
         ``real``, ``boolean`` or ``integer``, and the value.
     """
 
-    kernel: Any
-    signature: str
+    kernel: Kernel
     shared_bytes: int
     grid: tuple[int, int, int]
     threads: int
@@ -105,8 +106,6 @@ class PrefillPlan:
     def __init__(
         self, q: Any, k: Any, v: Any, settings: Settings, out: Any = None, backend: str = "mma"
     ) -> None:
-        from numba import cuda
-
         from cuda_kernels.launch import Launcher, load
 
         recipe = RECIPES[backend](q, k, v, settings)
@@ -121,14 +120,13 @@ class PrefillPlan:
         fields = _fields(self.report, q)
         self._addresses = [arrays.layout(x)[1] for x in (*self._constants, *fields)]
         self._displaced: list[int] = self._addresses  # what the launcher does not have of them
-        device = cuda.get_current_device().id
         kinds = {"real": ctypes.c_float, "boolean": ctypes.c_uint8, "integer": ctypes.c_int32}
         tensors = [abi_of(x) for x in (q, k, v, out)]
         if recipe.boxes is not None:
             bits = (arrays.as_bits(x) for x in (q, k, v, out))
             tensors = [TensorMap(x, box) for x, box in zip(bits, recipe.boxes, strict=True)]
         self._launcher = Launcher(
-            load(recipe.kernel, recipe.signature, recipe.shared_bytes, device),
+            load(recipe.kernel, None, recipe.shared_bytes, gpu.current()),
             recipe.grid,
             recipe.threads,
             recipe.shared_bytes,
@@ -190,7 +188,7 @@ def emulated(
     if recipe.boxes is not None:
         tensors = [TensorMap(x, box) for x, box in zip(tensors, recipe.boxes, strict=True)]
     emulate(
-        recipe.kernel,
+        recipe.kernel.make(),
         recipe.grid,
         recipe.threads,
         *tensors,
@@ -214,29 +212,25 @@ def make_report(q: Any, settings: Settings, backend: str) -> SkipReport:
 
 
 def _mma(q: Any, k: Any, v: Any, settings: Settings) -> Recipe:
-    from cuda_kernels import prefill_mma as module
-
+    block = prefill_mma
     return Recipe(
-        module.make_kernel(*_compile_time(q, v, settings)),
-        module.SIGNATURE,
-        module.shared_bytes(q.shape[3], v.shape[3]),
+        Kernel("cuda_kernels.prefill_mma", _compile_time(q, v, settings)),
+        block.shared_bytes(q.shape[3], v.shape[3]),
         (settings.grid.groups, q.shape[2], q.shape[0]),
-        module.THREADS,
+        block.THREADS,
         None,
         (*_scalars(settings), ("boolean", True)),
     )
 
 
 def _wgmma(q: Any, k: Any, v: Any, settings: Settings) -> Recipe:
-    from cuda_kernels import prefill_wgmma as module
-
+    block = prefill_wgmma
     return Recipe(
-        module.make_kernel(*_compile_time(q, v, settings)),
-        module.SIGNATURE,
-        module.shared_bytes(q.shape[3], v.shape[3]),
-        (module.blocks(settings.grid.groups, settings.grid.causal), q.shape[2], q.shape[0]),
-        module.THREADS,
-        (module.Q_BOX, module.K_BOX, module.V_BOX, module.OUT_BOX),
+        Kernel("cuda_kernels.prefill_wgmma", _compile_time(q, v, settings)),
+        block.shared_bytes(q.shape[3], v.shape[3]),
+        (block.blocks(settings.grid.groups, settings.grid.causal), q.shape[2], q.shape[0]),
+        block.THREADS,
+        (block.Q_BOX, block.K_BOX, block.V_BOX, block.OUT_BOX),
         (*_scalars(settings), ("integer", q.shape[2] // k.shape[2])),
     )
 
@@ -262,8 +256,6 @@ def _fields(report: SkipReport, q: Any) -> tuple[Any, ...]:
 
 def _scalars(settings: Settings) -> tuple[tuple[str, Any], ...]:
     """Softmax scale, mask and order, as both kernels take them."""
-    from cuda_kernels.tiles import NO_WINDOW
-
     window = NO_WINDOW if settings.grid.window is None else settings.grid.window
     return (
         ("real", settings.scale),

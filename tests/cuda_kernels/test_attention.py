@@ -1,5 +1,8 @@
 """The public door: shapes and dtypes in and out, every refusal, thresholds per request and head."""
 
+import os
+import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
@@ -11,6 +14,7 @@ from cuda_kernels import (
     Device,
     backends,
     detect,
+    gpu,
     skip_softmax_attention,
     skip_softmax_plan,
 )
@@ -204,28 +208,92 @@ def test_choice_of_back_end():
         backends.choose("simt", old)
 
 
+class PlayedDriver:
+    """One GPU, as cuda-bindings would tell of it, in a thread that has no context yet."""
+
+    def __init__(self, capability):
+        self.capability, self.made_current = capability, None
+
+    def play(self, monkeypatch):
+        driver = pytest.importorskip("cuda.bindings.driver", reason="numba-cuda is not installed")
+        good, bad = driver.CUresult.CUDA_SUCCESS, driver.CUresult.CUDA_ERROR_INVALID_CONTEXT
+        kinds = driver.CUdevice_attribute
+        numbers = {
+            kinds.CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR: self.capability[0],
+            kinds.CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR: self.capability[1],
+            kinds.CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT: 132,
+            kinds.CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_MULTIPROCESSOR: 233_472,
+        }
+
+        def make_current(context):
+            self.made_current = context
+            return (good,)
+
+        answers = {
+            "cuInit": lambda _: (good,),
+            "cuDeviceGetCount": lambda: (good, 1),
+            "cuCtxGetDevice": lambda: (bad, None) if self.made_current is None else (good, 2),
+            "cuDeviceGet": lambda number: (good, number),
+            "cuDevicePrimaryCtxRetain": lambda device: (good, f"context of {device}"),
+            "cuCtxSetCurrent": make_current,
+            "cuDeviceGetName": lambda _, device: (good, b"Some card\0\0"),
+            "cuDeviceGetAttribute": lambda kind, device: (good, numbers[kind]),
+        }
+        for name, answer in answers.items():
+            monkeypatch.setattr(driver, name, answer)
+        return driver
+
+
 @pytest.mark.parametrize(
     ("capability", "kind"), [((9, 0), "gpu"), ((7, 5), "gpu"), ((5, 2), "too old")]
 )
 def test_old_gpus_are_told_apart(monkeypatch, capability, kind):
-    cuda = pytest.importorskip("numba.cuda", reason="Numba has no wheel here")
-    card = type("Card", (), {"name": b"Some card", "compute_capability": capability})()
-    monkeypatch.setattr(cuda, "is_available", lambda: True)
-    monkeypatch.setattr(cuda, "get_current_device", lambda: card)
+    played = PlayedDriver(capability)
+    played.play(monkeypatch)
     found = backends.detect()
     assert found.kind == kind
     assert found.name == "Some card"
+    assert found.compute_capability == capability
     assert ("compute capability 5.2, at least 7.5" in found.reason) == (kind == "too old")
 
 
+def test_the_current_gpu_is_that_of_the_context_and_the_first_gets_one(monkeypatch):
+    played = PlayedDriver((9, 0))
+    played.play(monkeypatch)
+    assert gpu.current() == gpu.Gpu(0, "Some card", (9, 0), 132, 233_472)
+    assert played.made_current == "context of 0"
+    assert gpu.current().number == 2
+    assert played.made_current == "context of 0"
+    assert gpu.current().architecture == "sm_90a"
+    assert gpu.Gpu(0, "A100", (8, 0), 108, 167_936).architecture == "sm_80"
+
+
+@pytest.mark.parametrize(("function", "number"), [("cuInit", 100), ("cuDeviceGetCount", 0)])
+def test_no_gpu_is_no_error(monkeypatch, function, number):
+    driver = PlayedDriver((9, 0)).play(monkeypatch)
+    result = driver.CUresult
+    answers = {"cuInit": (result(number),), "cuDeviceGetCount": (result.CUDA_SUCCESS, number)}
+    monkeypatch.setattr(driver, function, lambda *_: answers[function])
+    found = backends.detect()
+    assert (found.kind, found.reason) == ("none", "there is no CUDA GPU, or no driver for it")
+
+
 def test_a_broken_driver_ends_in_a_sentence(monkeypatch):
-    cuda = pytest.importorskip("numba.cuda", reason="Numba has no wheel here")
+    driver = PlayedDriver((9, 0)).play(monkeypatch)
+    monkeypatch.setattr(driver, "cuDeviceGetName", lambda *_: (driver.CUresult(999), None))
+    assert backends.detect().reason == (
+        "the CUDA driver does not work (cuDeviceGetName: CUDA_ERROR_UNKNOWN)"
+    )
 
-    def broken():
-        raise OSError("libcuda.so is a stub")
 
-    monkeypatch.setattr(cuda, "is_available", broken)
-    assert backends.detect().reason == "the CUDA driver does not work (libcuda.so is a stub)"
+def test_the_simulator_is_found_before_numba_is_loaded():
+    look = "import sys, cuda_kernels as c; print(c.detect().kind, 'numba' in sys.modules)"
+    for told, answer in (("0", "False"), ("1", "simulator True")):
+        done = subprocess.run(
+            [sys.executable, "-c", look], capture_output=True, text=True, check=True,
+            env={**os.environ, "NUMBA_ENABLE_CUDASIM": told},
+        )  # fmt: skip
+        assert done.stdout.strip().endswith(answer)
 
 
 def test_a_plan_refuses_before_it_compiles():

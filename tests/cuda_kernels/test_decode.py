@@ -235,9 +235,8 @@ class ImitatedLauncher:
 
 @pytest.fixture
 def imitated_gpu(monkeypatch):
-    cuda = pytest.importorskip("numba.cuda", reason="Numba has no wheel here")
-    monkeypatch.setattr(cuda, "get_current_device", lambda: SimpleNamespace(id=0))
-    monkeypatch.setattr("cuda_kernels.launch.load", lambda kernel, *_: kernel)
+    monkeypatch.setattr("cuda_kernels.gpu.current", lambda: None)
+    monkeypatch.setattr("cuda_kernels.launch.load", lambda kernel, *_: kernel.make())
     monkeypatch.setattr("cuda_kernels.launch.Launcher", ImitatedLauncher)
     monkeypatch.setattr("cuda_kernels.decode._check_gpu", lambda q: None)
 

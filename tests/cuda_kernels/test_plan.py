@@ -1,7 +1,5 @@
 """A prefill plan's calls, with a launcher that only notes what it would launch with."""
 
-from types import SimpleNamespace
-
 import numpy as np
 import pytest
 
@@ -21,8 +19,7 @@ class NotingLauncher:
 
 @pytest.fixture
 def noting(monkeypatch):
-    cuda = pytest.importorskip("numba.cuda", reason="Numba has no wheel here")
-    monkeypatch.setattr(cuda, "get_current_device", lambda: SimpleNamespace(id=0))
+    monkeypatch.setattr("cuda_kernels.gpu.current", lambda: None)
     monkeypatch.setattr("cuda_kernels.attention.detect", lambda: Device("gpu", "", "Card", (9, 0)))
     monkeypatch.setattr("cuda_kernels.attention._check_device", lambda *_: None)
     monkeypatch.setattr("cuda_kernels.launch.load", lambda *_: 7)
