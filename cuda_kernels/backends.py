@@ -70,6 +70,8 @@ def detect() -> Device:
     try:
         if simulates():
             return Device("simulator", name="Numba's CUDA simulator")
+        if find_spec("numba_cuda") is None:
+            return Device("none", "numba-cuda is not installed")
         found = gpu.current()
     except gpu.NoGpu as error:
         return Device("none", str(error))

@@ -278,6 +278,20 @@ def test_no_gpu_is_no_error(monkeypatch, function, number):
     assert (found.kind, found.reason) == ("none", "there is no CUDA GPU, or no driver for it")
 
 
+@pytest.mark.parametrize(
+    ("package", "reason"),
+    [("numba", "Numba is not installed"), ("numba_cuda", "numba-cuda is not installed"),
+     ("cuda.bindings", "cannot be imported")],
+)  # fmt: skip
+def test_what_is_not_installed_is_named(monkeypatch, package, reason):
+    PlayedDriver((9, 0)).play(monkeypatch)
+    assert backends.detect().kind == "gpu"
+    monkeypatch.setitem(sys.modules, package, None)
+    found = backends.detect()
+    assert found.kind == "none"
+    assert reason in found.reason
+
+
 def test_a_broken_driver_ends_in_a_sentence(monkeypatch):
     driver = PlayedDriver((9, 0)).play(monkeypatch)
     monkeypatch.setattr(driver, "cuDeviceGetName", lambda *_: (driver.CUresult(999), None))
