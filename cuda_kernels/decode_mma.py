@@ -36,6 +36,7 @@ to decide it.
 import math
 from functools import cache
 
+from cuda_kernels.blocks.decode_mma import BLOCKS, MAXIMA, ROWS, SLOT, THREADS, WARPS, stages
 from cuda_kernels.fragments import (
     chunk_at,
     exp2_rows,
@@ -85,30 +86,13 @@ from cuda_kernels.ptx.language import (
 )
 from cuda_kernels.tiles import BOUND_SAFETY, DESCENDING, ENDS_FIRST, LOG2_E
 
-ROWS = 16  # of a vote group
-WARPS, THREADS = 4, 128
-BLOCKS = 3  # on a multiprocessor, where there is shared memory for them
-SLOT = 16 * THREADS  # bytes of four numbers a thread
-MAXIMA = 4 * WARPS * ROWS  # bytes of the row maxima of one tile
 STATISTICS = 4 * ROWS  # float32 that stand behind a partial result's output: m, l, u of each row
 TOGETHER = 8  # splits that the merge reads at a time
-WHOLE = 30  # page_shift of a cache that is not paged: every key is on page 0 of its request
 SIGNATURE = (  # caches of any strides: one build serves them all
     "void(int16[:,:,:,:], int16[:,:,:,:], int16[:,:,:,:], int16[:,:,:,:], int32[:,:], int32[:], "
     "float32[:,:], float32[:,:,::1], int32[::1], float32[:,:,::1], float32[:,:,::1], "
     "uint8[:,:,:,::1], float32[:,:,:,::1], float32, int32, boolean, int32, boolean, int32)"
 )
-
-
-def stages(head_dim, keys):
-    """Tiles of K, and of V, that may be under way at a time: 64 KB of both, or a little less."""
-    return {(128, 64): 2, (128, 128): 1, (64, 64): 3, (64, 128): 2}[head_dim, keys]
-
-
-def shared_bytes(head_dim, keys):
-    """Dynamic shared memory of a block: K and V, the slots of P, and row maxima of two tiles."""
-    of_a_stage = 2 * 2 * keys * head_dim + SLOT * (1 + keys // WARPS // 16)
-    return stages(head_dim, keys) * of_a_stage + 2 * MAXIMA
 
 
 @fragment
