@@ -236,6 +236,20 @@ def test_windows_and_unequal_lengths_on_the_gpu(sizes, lengths, own, window, cau
 
 
 @needs_gpu
+def test_arrays_that_tma_does_not_take_are_for_mma_on_the_gpu(cupy):
+    case = Case("broadcast", lq=200, lk=333, hq=4, hkv=4, tile=(64, 128), d=64, dv=64)
+    q, k, v = (cupy.asarray(x) for x in case.tensors())
+    k = cupy.broadcast_to(k[:, :, :1], k.shape)
+    settings = {"threshold": 0.3, "return_report": True}
+    out, report = skip_softmax_attention(q, k, v, **settings)
+    best = "wgmma" if detect().compute_capability == HOPPER else "mma"
+    same, usual = skip_softmax_attention(q, cupy.ascontiguousarray(k), v, **settings)
+    assert (report.backend, usual.backend) == ("mma", best)
+    assert np.array_equal(report.tiles.state, usual.tiles.state)
+    np.testing.assert_allclose(cupy.asnumpy(out), cupy.asnumpy(same), atol=4e-3)
+
+
+@needs_gpu
 def test_a_plan_launches_again_and_in_a_graph_on_the_gpu(cupy, on_gpu):
     torch = pytest.importorskip("torch")
     q, k, v = (torch.randn(1, 300, 2, 64, device="cuda", dtype=torch.float16) for _ in range(3))
