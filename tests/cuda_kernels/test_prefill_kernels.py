@@ -238,15 +238,18 @@ def test_windows_and_unequal_lengths_on_the_gpu(sizes, lengths, own, window, cau
 @needs_gpu
 def test_arrays_that_tma_does_not_take_are_for_mma_on_the_gpu(cupy):
     case = Case("broadcast", lq=200, lk=333, hq=4, hkv=4, tile=(64, 128), d=64, dv=64)
-    q, k, v = (cupy.asarray(x) for x in case.tensors())
-    k = cupy.broadcast_to(k[:, :, :1], k.shape)
-    settings = {"threshold": 0.3, "return_report": True}
-    out, report = skip_softmax_attention(q, k, v, **settings)
-    best = "wgmma" if detect().compute_capability == HOPPER else "mma"
-    same, usual = skip_softmax_attention(q, cupy.ascontiguousarray(k), v, **settings)
-    assert (report.backend, usual.backend) == ("mma", best)
-    assert np.array_equal(report.tiles.state, usual.tiles.state)
-    np.testing.assert_allclose(cupy.asnumpy(out), cupy.asnumpy(same), atol=4e-3)
+    q, k, v = case.tensors()
+    k = np.broadcast_to(k[:, :, :1], k.shape)
+    on_gpu = [cupy.asarray(x) for x in (q, k[:, :, :1], v)]
+    on_gpu[1] = cupy.broadcast_to(on_gpu[1], k.shape)
+    settings = {"threshold": case.threshold, "gap": True, "return_report": True}
+    out, report = skip_softmax_attention(*on_gpu, **settings)
+    assert report.backend == "mma"
+    fields = (report.state, report.gap, report.lse, report.dropped_mass_bound)
+    contract.check(case, (q, k, v), *(cupy.asnumpy(x) for x in (out, *fields)))
+    on_gpu[1] = cupy.ascontiguousarray(on_gpu[1])
+    _, usual = skip_softmax_attention(*on_gpu, **settings)
+    assert usual.backend == ("wgmma" if detect().compute_capability == HOPPER else "mma")
 
 
 @needs_gpu
