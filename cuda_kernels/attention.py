@@ -9,9 +9,15 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from cuda_kernels import arrays
-from cuda_kernels.backends import TENSOR_CORE_BACKENDS, choose, detect
+from cuda_kernels.backends import TENSOR_CORE_BACKENDS, best_tensor_cores, choose, detect
 from cuda_kernels.checks import check_lengths, check_out, check_tensors
-from cuda_kernels.plan import PrefillPlan, Settings, emulated, why_not_tensor_cores
+from cuda_kernels.plan import (
+    PrefillPlan,
+    Settings,
+    emulated,
+    why_not_tensor_cores,
+    why_not_tma,
+)
 from cuda_kernels.remembered import Remembered, call_of
 from cuda_kernels.report import SkipReport
 from sim.geometry import ORDERS, Grid, check_order
@@ -83,9 +89,8 @@ def skip_softmax_attention(
         Fill ``report.gap``: of the tensor-core kernel that is a build of its own, a little
         slower.  The other back ends always fill it.
     backend : {"wgmma", "mma", "simt", "reference"}, optional
-        Default: the best kernel for this GPU that takes these arguments; the report names it.
-        ``wgmma``, for Hopper, must be asked for: it has been emulated and assembled, but has not
-        run on a GPU yet.  ``reference`` is the simulator, on the CPU.
+        Default: the best kernel for this GPU that takes these arguments, ``wgmma`` on Hopper and
+        ``mma`` from Ampere on; the report names it.  ``reference`` is the simulator, on the CPU.
     emulate : bool
         Run a tensor-core kernel's own source on the CPU, thread by thread (``mma``, unless
         ``backend`` says ``wgmma``): for a few tiles only, as the time grows with tiles × heads ×
@@ -153,17 +158,17 @@ def skip_softmax_attention(
         check_out(out, q, out_shape)
     settings = _settings(q, k, *asked)
     misfit = why_not_tensor_cores(q, v, settings.grid)
+    no_tma = why_not_tma({"q": q, "k": k, "v": v} | ({} if out is None else {"out": out}))
     if emulate:
         if backend not in (None, *TENSOR_CORE_BACKENDS):
             raise ValueError(f"emulate=True runs the mma or the wgmma kernel, not {backend!r}")
         chosen = backend or "mma"
     else:
         device = detect()
-        chosen = choose(backend, device, fits_tensor_cores=misfit is None)
+        chosen = choose(backend, device, fits_tensor_cores=misfit is None, fits_tma=no_tma is None)
         _check_device(q, chosen, device.kind)
     if chosen in TENSOR_CORE_BACKENDS:
-        if misfit is not None:
-            raise ValueError(f"the {chosen} kernel {misfit}")
+        _check_fit(chosen, misfit, no_tma)
         if not emulate:
             plan = PrefillPlan(q, k, v, settings, out, chosen)
             _PLANS.keep(known, plan)
@@ -195,7 +200,7 @@ def skip_softmax_plan(
     order: str = "ends_first",
     softmax_scale: float | None = None,
     gap: bool = False,
-    backend: str = "mma",
+    backend: str | None = None,
 ) -> PrefillPlan:
     """Check, compile and allocate once, for many calls on arrays that are alike.
 
@@ -206,7 +211,8 @@ def skip_softmax_plan(
     causal, window, q_lens, kv_lens, threshold, threshold_scale_factor, short_context, order, \
 softmax_scale, gap
         As in :func:`skip_softmax_attention`.
-    backend : {"mma", "wgmma"}
+    backend : {"wgmma", "mma"}, optional
+        Default: the best for this GPU and these arrays; ``plan.report`` names it.
 
     Returns
     -------
@@ -232,14 +238,13 @@ softmax_scale, gap
         q, k, causal, window, q_lens, kv_lens, threshold, threshold_scale_factor, short_context,
         order, (64, 128), softmax_scale, gap,
     )  # fmt: skip
-    if backend not in TENSOR_CORE_BACKENDS:
+    if backend not in (None, *TENSOR_CORE_BACKENDS):
         raise ValueError(f"a plan's backend must be mma or wgmma, got {backend!r}")
-    misfit = why_not_tensor_cores(q, v, settings.grid)
-    if misfit is not None:
-        raise ValueError(f"the {backend} kernel {misfit}")
-    device = detect()
-    _check_device(q, choose(backend, device), device.kind)
-    return PrefillPlan(q, k, v, settings, backend=backend)
+    device, no_tma = detect(), why_not_tma({"q": q, "k": k, "v": v})
+    chosen = backend or best_tensor_cores(device, fits_tma=no_tma is None)
+    _check_fit(chosen, why_not_tensor_cores(q, v, settings.grid), no_tma)
+    _check_device(q, choose(chosen, device), device.kind)
+    return PrefillPlan(q, k, v, settings, backend=chosen)
 
 
 def _settings(
@@ -280,7 +285,7 @@ def _run_simt(q: Any, k: Any, v: Any, settings: Settings) -> tuple[Any, SkipRepo
     grid = settings.grid
     if grid.window is not None or (settings.spans[:, 1::2] != (grid.lq, grid.lk)).any():
         raise ValueError(
-            "the simt kernel takes no window, q_lens or kv_lens; the mma kernel and "
+            "the simt kernel takes no window, q_lens or kv_lens; the tensor-core kernels and "
             'backend="reference" do'
         )
     if grid.keys % CHUNK or grid.rows > 1024:
@@ -348,6 +353,13 @@ def _run_reference(q: Any, k: Any, v: Any, settings: Settings) -> tuple[Any, Ski
     fields = (arrays.from_numpy(x, q) for x in (state, gap, lse, bound))
     report = SkipReport(*fields, grid, settings.order, lam, "reference")
     return arrays.from_numpy(out, q), report
+
+
+def _check_fit(backend: str, misfit: str | None, no_tma: str | None) -> None:
+    """Refuse what a tensor-core kernel does not take."""
+    misfit = misfit or (no_tma if backend == "wgmma" else None)
+    if misfit is not None:
+        raise ValueError(f"the {backend} kernel {misfit}")
 
 
 def _check_device(q: Any, backend: str, kind: str) -> None:

@@ -14,15 +14,12 @@ OLDEST = (7, 5)
 """Compute capability of Turing, the oldest that CUDA 13 compiles for."""
 
 BACKENDS = {
-    "wgmma": "tensor-core kernel of TMA and wgmma: Hopper, if asked for, and the emulator",
+    "wgmma": "tensor-core kernel of TMA and wgmma: Hopper, and the emulator",
     "mma": "tensor-core kernel of mma.sync: Ampere and later, and the emulator",
     "simt": "teaching kernel in plain Numba CUDA: any GPU, or Numba's CUDA simulator",
     "reference": "the simulator's NumPy on the CPU",
 }
-"""Every back end and what it is.
-
-``reference`` is never chosen unless asked for, nor is ``wgmma`` before it has run on a GPU.
-"""
+"""Every back end and what it is, the best first; ``reference`` is never chosen unless asked for."""
 
 TENSOR_CORES = (8, 0)
 """Compute capability of Ampere, the first with ``cp.async`` and bfloat16."""
@@ -101,7 +98,27 @@ def simulates() -> bool:
     return bool(config.ENABLE_CUDASIM)
 
 
-def choose(backend: str | None, device: Device, *, fits_tensor_cores: bool = False) -> str:
+def best_tensor_cores(device: Device, *, fits_tma: bool = True) -> str:
+    """Name the best tensor-core back end for a GPU; whether that one runs any is not asked.
+
+    Parameters
+    ----------
+    device : Device
+    fits_tma : bool
+        Whether TMA takes the arrays.
+
+    Examples
+    --------
+    >>> [best_tensor_cores(Device("gpu", compute_capability=x)) for x in ((9, 0), (10, 0))]
+    ['wgmma', 'mma']
+    """
+    on_hopper = device.kind == "gpu" and device.compute_capability == HOPPER
+    return "wgmma" if on_hopper and fits_tma else "mma"
+
+
+def choose(
+    backend: str | None, device: Device, *, fits_tensor_cores: bool = False, fits_tma: bool = True
+) -> str:
     """Name the back end that runs.
 
     Parameters
@@ -111,6 +128,8 @@ def choose(backend: str | None, device: Device, *, fits_tensor_cores: bool = Fal
     device : Device
     fits_tensor_cores : bool
         Whether the tensor-core kernels take these arguments.
+    fits_tma : bool
+        Whether TMA takes these arrays, without which ``wgmma`` cannot run.
 
     Returns
     -------
@@ -127,6 +146,8 @@ def choose(backend: str | None, device: Device, *, fits_tensor_cores: bool = Fal
     --------
     >>> choose(None, Device("simulator"))
     'simt'
+    >>> choose(None, Device("gpu", compute_capability=(9, 0)), fits_tensor_cores=True)
+    'wgmma'
     """
     if backend is not None and backend not in BACKENDS:
         raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
@@ -149,4 +170,8 @@ def choose(backend: str | None, device: Device, *, fits_tensor_cores: bool = Fal
             f"the wgmma kernel cannot run on {device.name}: it needs compute capability 9.0 "
             '(Hopper); backend="mma" runs from 8.0 on, and emulate=True runs wgmma on the CPU'
         )
-    return backend or ("mma" if tensor_cores and fits_tensor_cores else "simt")
+    if backend is not None:
+        return backend
+    if tensor_cores and fits_tensor_cores:
+        return best_tensor_cores(device, fits_tma=fits_tma)
+    return "simt"

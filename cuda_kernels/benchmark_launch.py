@@ -1,8 +1,10 @@
 """What a call costs the host: ``skip-softmax bench launch``.
 
 Calls of one block of work, so that the GPU never keeps the host waiting: by a plan, through the
-door, and through the door with a report, with arrays of PyTorch and of CuPy; and the first call of
-a fresh process, with nothing kept on disk and with compiled kernels there.
+door, and through the door with a report, with arrays of PyTorch and of CuPy, by every tensor-core
+back end that runs here; and the first call of a fresh process, with nothing kept on disk and with
+compiled kernels there.  Two sets of arrays take turns, so that no call finds the addresses of the
+one before.
 """
 
 from __future__ import annotations
@@ -14,12 +16,14 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from importlib.util import find_spec
+from itertools import product
 from pathlib import Path
 from typing import Any
 
-from cuda_kernels.machine import RESULTS, Record, check_gpu, describe
+from cuda_kernels.benchmark import choose_backends
+from cuda_kernels.machine import RESULTS, Record, describe
 
 LIBRARIES = ("torch", "cupy")
 SHAPE = (1, 64, 1, 64)
@@ -45,7 +49,8 @@ def bench_launch(
     Returns
     -------
     dict
-        ``machine``, ``calls``, ``rows``, ``notes``, ``interrupted``, and ``path`` of the JSON.
+        ``machine``, ``calls``, ``backends``, ``rows``, ``notes``, ``interrupted``, and ``path`` of
+        the JSON.
 
     Raises
     ------
@@ -56,25 +61,26 @@ def bench_launch(
     """
     if calls < 4 * BATCH:
         raise ValueError(f"calls must be at least {4 * BATCH}, got {calls}")
-    check_gpu()
+    backends = choose_backends(None)
     installed = [name for name in LIBRARIES if find_spec(name) is not None]
     if not installed:
         raise RuntimeError("bench launch needs PyTorch or CuPy, for arrays on the GPU")
     record = Record("launch", describe(), results)
-    record.fields |= {"calls": calls, "shape": list(SHAPE)}
+    record.fields |= {"calls": calls, "shape": list(SHAPE), "backends": backends}
     say: Callable[[str], Any] = tqdm_write if progress else lambda text: None
     with record:
-        for library in installed:
+        for library, backend in product(installed, backends):
+            row = {"library": library, "backend": backend}
             with tempfile.TemporaryDirectory() as empty:
                 for disk in ("cold", "warm"):
-                    say(f"{library}: first call of a process, {disk} disk")
-                    row = {"library": library, "what": f"first call, {disk} disk"}
-                    record.add([row | first_call_of_a_process(library, empty)], [])
-            kinds, wait = ways(library)
-            for what, call in kinds.items():
-                say(f"{library}: {what}")
-                quartiles = microseconds(call, wait, calls)
-                record.add([{"library": library, "what": what, "microseconds": quartiles}], [])
+                    say(f"{library}, {backend}: first call of a process, {disk} disk")
+                    what = {"what": f"first call, {disk} disk"}
+                    record.add([row | what | first_call_of_a_process(library, backend, empty)], [])
+            kinds, wait = ways(library, backend)
+            for what, in_turn in kinds.items():
+                say(f"{library}, {backend}: {what}")
+                quartiles = microseconds(in_turn, wait, calls)
+                record.add([row | {"what": what, "microseconds": quartiles}], [])
     return record.result()
 
 
@@ -85,44 +91,61 @@ def tqdm_write(text: str) -> None:
     tqdm.write(text, file=sys.stderr)
 
 
-def microseconds(call: Callable[[], Any], wait: Callable[[], Any], calls: int) -> list[float]:
+def microseconds(
+    in_turn: Sequence[Callable[[], Any]], wait: Callable[[], Any], calls: int
+) -> list[float]:
     """Time a call on the host: lower quartile, median and upper quartile over batches of calls.
 
     Parameters
     ----------
-    call : callable
-        It is called once before the clock starts.
+    in_turn : sequence of callable
+        One after the other, and from the first again.  Each is called once before the clock starts.
     wait : callable
         Waits for the GPU, between batches and off the clock.
     calls : int
         A batch is ``BATCH`` of them.
     """
-    call()
+    for call in in_turn:
+        call()
     times = []
     for _ in range(calls // BATCH):
         wait()
         start = time.perf_counter()
-        for _ in range(BATCH):
-            call()
+        for _ in range(BATCH // len(in_turn)):
+            for call in in_turn:
+                call()
         times.append((time.perf_counter() - start) / BATCH * 1e6)
     wait()
     return statistics.quantiles(times, n=4, method="inclusive")
 
 
-def ways(library: str) -> tuple[dict[str, Callable[[], Any]], Callable[[], Any]]:
-    """Make the calls to time on a GPU, and what waits for it."""
-    from cuda_kernels.attention import skip_softmax_attention, skip_softmax_plan
+def ways(
+    library: str, backend: str
+) -> tuple[dict[str, list[Callable[[], Any]]], Callable[[], Any]]:
+    """Make the calls to time on a GPU, each with two sets of arrays, and what waits for it."""
+    from cuda_kernels.attention import skip_softmax_plan
 
-    (q, k, v, out), wait = _arrays(library)
-    plan = skip_softmax_plan(q, k, v, threshold=0.1)
+    (first, wait), (second, _) = (_arrays(library) for _ in range(2))
+    plan = skip_softmax_plan(*first[:3], threshold=0.1, backend=backend)
+    one, other = (_calls(plan, backend, *arrays) for arrays in (first, second))
+    return {what: [one[what], other[what]] for what in one}, wait
+
+
+def _calls(
+    plan: Any, backend: str, q: Any, k: Any, v: Any, out: Any
+) -> dict[str, Callable[[], Any]]:
+    from cuda_kernels.attention import skip_softmax_attention
+
     return {
         "plan": lambda: plan(q, k, v, out=out),
-        "door": lambda: skip_softmax_attention(q, k, v, threshold=0.1, out=out),
-        "door, output allocated": lambda: skip_softmax_attention(q, k, v, threshold=0.1),
-        "door, with a report": lambda: skip_softmax_attention(
-            q, k, v, threshold=0.1, out=out, return_report=True
+        "door": lambda: skip_softmax_attention(q, k, v, threshold=0.1, out=out, backend=backend),
+        "door, output allocated": lambda: skip_softmax_attention(
+            q, k, v, threshold=0.1, backend=backend
         ),
-    }, wait
+        "door, with a report": lambda: skip_softmax_attention(
+            q, k, v, threshold=0.1, out=out, backend=backend, return_report=True
+        ),
+    }
 
 
 def _arrays(library: str) -> tuple[list[Any], Callable[[], Any]]:
@@ -137,7 +160,7 @@ def _arrays(library: str) -> tuple[list[Any], Callable[[], Any]]:
     return made, cupy.cuda.get_current_stream().synchronize
 
 
-def first_call_of_a_process(library: str, cache: str) -> dict[str, Any]:
+def first_call_of_a_process(library: str, backend: str, cache: str) -> dict[str, Any]:
     """Start Python anew, with its compiled kernels kept in ``cache``, and time what it does first.
 
     Returns
@@ -149,7 +172,7 @@ def first_call_of_a_process(library: str, cache: str) -> dict[str, Any]:
     environment = os.environ | {"SKIP_SOFTMAX_CACHE_DIR": cache}
     code = (
         "from cuda_kernels.benchmark_launch import first_call; "
-        f"first_call({library!r}, {time.time()!r})"
+        f"first_call({library!r}, {backend!r}, {time.time()!r})"
     )
     done = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=False
@@ -160,7 +183,7 @@ def first_call_of_a_process(library: str, cache: str) -> dict[str, Any]:
     return {"seconds": json.loads(done.stdout.splitlines()[-1])}
 
 
-def first_call(library: str, started: float) -> None:
+def first_call(library: str, backend: str, started: float) -> None:
     """Do in a fresh process what :func:`first_call_of_a_process` times, and print the seconds."""
     from cuda_kernels.attention import skip_softmax_attention
 
@@ -169,7 +192,7 @@ def first_call(library: str, started: float) -> None:
     wait()
     marks.append(("arrays", time.time()))
     for which in ("first call", "second call"):
-        skip_softmax_attention(q, k, v, threshold=0.1, out=out)
+        skip_softmax_attention(q, k, v, threshold=0.1, out=out, backend=backend)
         wait()
         marks.append((which, time.time()))
     spans = zip(marks[1:], marks, strict=False)
@@ -180,7 +203,7 @@ def launch_table(record: dict[str, Any]) -> str:
     """Lay a record out in aligned columns."""
     lines = []
     for row in record["rows"]:
-        head = f"{row['library']:7}{row['what']:26}"
+        head = f"{row['library']:7}{row['backend']:7}{row['what']:26}"
         if "seconds" in row:
             spans = ", ".join(f"{name} {seconds:.2f} s" for name, seconds in row["seconds"].items())
             lines.append(f"{head}{spans}")

@@ -26,8 +26,11 @@ from typing import Any
 import numpy as np
 
 MOST = 1000  # entries of a kind; beyond that, the ones written first go
-COMPILERS = ("numba", "numba-cuda", "llvmlite", "cuda-core", "cuda-bindings")
+COMPILERS = ("numba", "numba-cuda", "llvmlite", "cuda-core", "cuda-bindings", "numpy")
 LIBRARIES = ("nvvm", "nvJitLink")  # of the CUDA toolkit, wherever that is
+NOT_OURS = {"numba", "numba_cuda", "llvmlite", "cuda", "numpy"}  # modules of the compilers
+NOT_OURS |= {"cupy", "torch"}  # these bring arrays, and have no part in machine code
+BESIDE_PYTHON = {"site-packages", "dist-packages"}  # the latter is Debian's
 _DIGEST = hashlib.sha256().digest_size
 _LOADED_AT = time.time()  # the package imports this module before any kernel
 _complained: set[Path] = set()
@@ -132,9 +135,11 @@ def _forget_the_oldest(folder: Path) -> None:
 
 @cache
 def sources(module: str) -> tuple[Path, ...]:
-    """List the files of a module and of all that it imports but what is installed beside Python.
+    """List the files of a module and of all that it imports but what is installed.
 
-    It does not matter where in a file something is imported.
+    Installed are compilers and array libraries wherever they lie, what lies beside Python, and what
+    is in another folder with the record of its distribution: by ``pip install --target``, or a
+    wheel unpacked.  It does not matter where in a file something is imported.
 
     Examples
     --------
@@ -164,21 +169,43 @@ def sources(module: str) -> tuple[Path, ...]:
 def _file(module: str) -> Path | None:
     """Return where a module of ours lies; None for others, and for what is no module."""
     top, *path = module.split(".")
-    if top in sys.stdlib_module_names:
-        return None
-    try:
-        spec = find_spec(top)
-    except ValueError:  # __main__
-        return None
-    if spec is None or spec.origin is None or "site-packages" in Path(spec.origin).parts:
-        return None
-    base = Path(spec.origin).parent
-    if not path:
-        return Path(spec.origin)
+    start = _top(top)
+    if start is None or not path:
+        return start
+    base = start.parent
     for file in (base.joinpath(*path, "__init__.py"), base.joinpath(*path).with_suffix(".py")):
-        if spec.submodule_search_locations and file.is_file():
+        if start.name == "__init__.py" and file.is_file():
             return file
     return None
+
+
+@cache
+def _top(name: str) -> Path | None:
+    """Return where a package of ours, or a module in none, lies; None for others."""
+    if name in sys.stdlib_module_names or name in NOT_OURS:
+        return None
+    try:
+        spec = find_spec(name)
+    except ValueError:  # __main__
+        return None
+    if spec is None or spec.origin is None:
+        return None
+    file = Path(spec.origin)
+    if file.suffix != ".py" or not file.is_file():
+        return None
+    folder = file.parent.parent if spec.submodule_search_locations else file.parent
+    installed = BESIDE_PYTHON & set(file.parts) or _is_installed(name, folder)
+    return None if installed else file
+
+
+def _is_installed(top: str, folder: Path) -> bool:
+    """Whether a distribution in this folder lists a module, or files of a package, as its own."""
+    own = (f"{top}/".encode(), f"{top}.py,".encode())
+    for record in folder.glob("*.dist-info/RECORD"):
+        listed = record.read_bytes()
+        if listed.startswith(own) or any(b"\n" + one in listed for one in own):
+            return True
+    return False
 
 
 @cache

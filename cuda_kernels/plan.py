@@ -65,6 +65,20 @@ def why_not_tensor_cores(q: Any, v: Any, grid: Grid) -> str | None:
     return None
 
 
+def why_not_tma(named: dict[str, Any]) -> str | None:
+    """Say which of these arrays, by name, the wgmma kernel does not take; None if it takes all.
+
+    TMA steps forward, by less than 1 TiB: an array that is broadcast, or runs backwards, is for
+    the mma kernel.
+    """
+    for name, array in named.items():
+        strides, _ = arrays.layout(array)
+        steps = [s for s, n in zip(strides[:3], array.shape[:3], strict=True) if n > 1]
+        if not all(0 < step < 1 << 40 for step in steps):
+            return f"takes arrays whose strides are above 0, got {name} with {list(strides)} bytes"
+    return None
+
+
 @dataclass(frozen=True, eq=False)
 class Recipe:
     """One build of a tensor-core kernel, and how it is launched.

@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 import tomllib
+import warnings
 from pathlib import Path
 
 import pytest
@@ -71,6 +72,15 @@ def test_everything_imports_without_cuda(root: Path) -> None:
 
 def project(root: Path) -> dict:
     return tomllib.loads((root / "pyproject.toml").read_text())["project"]
+
+
+def test_one_warning_of_numba_cuda_is_no_error() -> None:
+    """It comes when numba-cuda is imported under NumPy 2.5; all others are errors."""
+    generic = "The 'generic' unit for NumPy timedelta is deprecated"
+    warnings.warn(f"{generic}, and will raise an error", DeprecationWarning, stacklevel=1)
+    for other, kind in (("Another is deprecated", DeprecationWarning), (generic, UserWarning)):
+        with pytest.raises(kind, match=other):
+            warnings.warn(other, kind, stacklevel=1)
 
 
 def requirements(root: Path) -> list[Requirement]:

@@ -35,9 +35,9 @@ print(f"kernels in this notebook are {where}")
 # %% [markdown]
 # ## Choose a back end
 #
-# `backend=None` takes the best kernel for GPU and arguments, but none that has never run on a GPU.
-# `wgmma` has not: it has been emulated and assembled, and must be asked for. Where one cannot run,
-# the door says why in one sentence, and takes no other in its place.
+# `backend=None` takes the best kernel for GPU and arguments: `wgmma` on Hopper, `mma` from Ampere
+# on, `simt` for what those do not take; the report names it. Where one that is asked for cannot
+# run, the door says why in one sentence, and takes no other in its place.
 
 # %%
 for name, what in BACKENDS.items():
@@ -46,10 +46,8 @@ for name, what in BACKENDS.items():
     except RuntimeError as reason:
         print(f"{name:10} does not: {reason}")
 
-# Hopper only: True launches the kernel that has never run on a GPU.  It may hang.
-ASK_FOR_WGMMA = False
 asked = ["mma", "wgmma"]
-if live and not (ASK_FOR_WGMMA and device.compute_capability == HOPPER):
+if live and device.compute_capability != HOPPER:
     asked = ["mma"]
 print("asked for below:", ", ".join(asked))
 
@@ -116,7 +114,8 @@ for name, (out, report) in results.items():
 # ## A plan
 #
 # The door checks its arguments at every call. A plan checks, compiles and allocates once; then it
-# costs the host little, and can be captured in a CUDA graph. It needs a GPU.
+# costs the host little, and can be captured in a CUDA graph. It needs a GPU, and takes the best
+# tensor-core kernel for it.
 
 # %%
 try:
@@ -125,7 +124,7 @@ try:
     print("plan, launched:", plan.report)
     print(
         "as the door's, bit for bit:",
-        to_numpy(out).tobytes() == to_numpy(results["mma"][0]).tobytes(),
+        to_numpy(out).tobytes() == to_numpy(results[plan.report.backend][0]).tobytes(),
     )
 except RuntimeError as reason:
     print(f"no plan: {reason}")
@@ -181,10 +180,11 @@ print(table(run))
 # tensor pipe's share, at L2 throughput, and at what warps stall on.
 
 # %%
-command = "ncu --set full --clock-control none --kernel-name regex:skip_softmax_prefill_mma"
+command = "ncu --set full --clock-control none --kernel-name regex:skip_softmax_prefill"
 command += " --launch-count 1 python lessons/notebooks/run_the_kernels.py"
 print(f"{'here' if live and shutil.which('ncu') else 'on a machine with a GPU and ncu'}: {command}")
 
 # %% [markdown]
-# Next: change `cuda_kernels/prefill_mma.py` and run this again; if it is wrong, tiles, gaps or
-# output differ. What was tried, and what it brought, is in `cuda_kernels/results/log.md`.
+# Next: change `cuda_kernels/prefill_mma.py` or `prefill_wgmma.py` and run this again; if it is
+# wrong, tiles, gaps or output differ. What was tried, and what it brought, is in
+# `cuda_kernels/results/log.md`.

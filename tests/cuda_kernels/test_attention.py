@@ -196,10 +196,16 @@ def test_a_cpu_tensor_is_not_sent_to_the_gpu_unasked(monkeypatch):
 
 def test_choice_of_back_end():
     old = Device("too old", "GTX 980 is too old: compute capability 5.2 …")
-    turing, hopper = (Device("gpu", "", "Card", x) for x in ((7, 5), (9, 0)))
-    assert backends.choose(None, hopper, fits_tensor_cores=True) == "mma"
+    turing, ampere, hopper, blackwell = (
+        Device("gpu", "", "Card", x) for x in ((7, 5), (8, 0), (9, 0), (10, 0))
+    )
+    assert backends.choose(None, hopper, fits_tensor_cores=True) == "wgmma"
+    assert backends.choose(None, hopper, fits_tensor_cores=True, fits_tma=False) == "mma"
     assert backends.choose(None, hopper, fits_tensor_cores=False) == "simt"
-    assert backends.choose("simt", hopper, fits_tensor_cores=True) == "simt"
+    for asked in ("mma", "simt"):
+        assert backends.choose(asked, hopper, fits_tensor_cores=True) == asked
+    assert backends.choose(None, ampere, fits_tensor_cores=True) == "mma"
+    assert backends.choose(None, blackwell, fits_tensor_cores=True) == "mma"
     assert backends.choose(None, turing, fits_tensor_cores=True) == "simt"
     with pytest.raises(RuntimeError, match=r"cannot run on Card: it needs compute capability 8\.0"):
         backends.choose("mma", turing, fits_tensor_cores=True)
@@ -310,13 +316,19 @@ def test_the_simulator_is_found_before_numba_is_loaded():
         assert done.stdout.strip().endswith(answer)
 
 
-def test_a_plan_refuses_before_it_compiles():
-    with pytest.raises(ValueError, match="the mma kernel takes head_dim 64 and 128"):
+def test_a_plan_refuses_before_it_compiles(monkeypatch):
+    with pytest.raises(ValueError, match=r"the w?g?mma kernel takes head_dim 64 and 128"):
         skip_softmax_plan(Q, K, V, threshold=0.5)
+    with pytest.raises(ValueError, match="a plan's backend must be mma or wgmma, got 'simt'"):
+        skip_softmax_plan(Q, K, V, threshold=0.5, backend="simt")
     q, k, v = np.zeros((3, 1, 64, 1, 64), np.float16)
     if detect().kind == "none":
         with pytest.raises(RuntimeError, match="no kernel can run here"):
             skip_softmax_plan(q, k, v, threshold=0.5)
+    turing = Device("gpu", "", "Card", (7, 5))
+    monkeypatch.setattr("cuda_kernels.attention.detect", lambda: turing)
+    with pytest.raises(RuntimeError, match=r"the mma kernel cannot run on Card: .* 8\.0 or later"):
+        skip_softmax_plan(q, k, v, threshold=0.5)
 
 
 # --- the door remembers plans: with arrays that say they are on a GPU, and plans that only note
@@ -356,7 +368,7 @@ def planned(monkeypatch):
     made = []
 
     class Plan:
-        def __init__(self, q, k, v, settings, out, backend):
+        def __init__(self, q, k, v, settings, out=None, backend="mma"):
             made.append((settings, backend))
             self.number = len(made)
 
@@ -424,6 +436,41 @@ def test_what_is_not_plain_is_checked_each_time(planned, library):
             skip_softmax_attention(*tensors(library), threshold=0.1, q_lens=[500])
         with pytest.raises(ValueError, match="threshold must be finite"):
             skip_softmax_attention(*tensors(library), threshold=float("nan"))
+
+
+def broadcast(library):
+    """Give q, k and v; all query heads of k lie at one place."""
+    q, k, v = np.zeros((3, 1, 128, 2, 64), np.float16)
+    return [LIBRARIES[library](x) for x in (q, np.broadcast_to(k[:, :, :1], k.shape), v)]
+
+
+@by_library
+@pytest.mark.parametrize(
+    ("capability", "usual", "without_tma"),
+    [((8, 0), "mma", "mma"), ((9, 0), "wgmma", "mma"), ((10, 0), "mma", "mma")],
+)
+def test_both_doors_take_the_best_kernel_for_gpu_and_arrays(
+    planned, library, capability, usual, without_tma, monkeypatch
+):
+    card = Device("gpu", "", "Card", capability)
+    monkeypatch.setattr("cuda_kernels.attention.detect", lambda: card)
+    for door in (skip_softmax_attention, skip_softmax_plan):
+        planned.clear()
+        door(*tensors(library), threshold=0.1)
+        door(*tensors(library), threshold=0.2, backend="mma")
+        door(*broadcast(library), threshold=0.1)
+        assert [backend for _, backend in planned] == [usual, "mma", without_tma]
+
+
+@pytest.mark.parametrize("how", [{"emulate": True}, {}], ids=["emulated", "on the GPU"])
+def test_wgmma_refuses_what_tma_cannot_step_over(planned, how):
+    q, k, v = broadcast("cupy")
+    sentence = r"the wgmma kernel takes arrays whose strides are above 0, got k with \[\d+, 256, 0"
+    with pytest.raises(ValueError, match=sentence):
+        skip_softmax_attention(q, k, v, threshold=0.1, backend="wgmma", **how)
+    backwards = np.zeros(q.shape, np.float16)[:, :, ::-1].view(OnCard)
+    with pytest.raises(ValueError, match=r"wgmma .* got out with"):
+        skip_softmax_attention(q, q, v, threshold=0.1, backend="wgmma", out=backwards, **how)
 
 
 OTHERS = {

@@ -226,36 +226,75 @@ def test_the_host_is_timed_and_not_the_wait_for_the_gpu(monkeypatch):
     monkeypatch.setattr(benchmark_launch, "time", SimpleNamespace(perf_counter=lambda: now[0]))
     called, waited = [], []
 
-    def call():
-        called.append(1)
-        now[0] += 3e-6 if len(called) > 1 else 5.0
+    def call(which, seconds):
+        called.append(which)
+        now[0] += seconds if len(called) > 2 else 5.0
 
     def wait():
         waited.append(len(called))
         now[0] += 1.0
 
-    found = benchmark_launch.microseconds(call, wait, 1000)
+    in_turn = [partial(call, "one", 2e-6), partial(call, "other", 4e-6)]
+    found = benchmark_launch.microseconds(in_turn, wait, 1000)
     assert found == pytest.approx([3.0, 3.0, 3.0])
-    assert waited == [1, 201, 401, 601, 801, 1001]  # so that the queue is never full
+    assert waited == [2, 202, 402, 602, 802, 1002]  # so that the queue is never full
+    assert called == ["one", "other"] * 501
+
+
+def test_every_call_that_is_timed_moves_every_address(monkeypatch):
+    """Otherwise a call would look cheaper than in a model, whose layers lie side by side."""
+    seen, asked = [], []
+
+    def door(q, k, v, *, threshold, backend, out=None, return_report=False):
+        seen.append((q, k, v, out))
+        asked.append(backend)
+
+    def plan_of(q, k, v, *, threshold, backend):
+        asked.append(backend)
+        return lambda q, k, v, *, out: seen.append((q, k, v, out))
+
+    monkeypatch.setattr("cuda_kernels.attention.skip_softmax_attention", door)
+    monkeypatch.setattr("cuda_kernels.attention.skip_softmax_plan", plan_of)
+    monkeypatch.setattr(
+        benchmark_launch, "_arrays", lambda library: ([object() for _ in range(4)], lambda: None)
+    )
+    kinds, _ = benchmark_launch.ways("cupy", "wgmma")
+    for what, in_turn in kinds.items():
+        seen.clear()
+        for call in in_turn:
+            call()
+        first, second = seen
+        assert all(x is not y or x is None for x, y in zip(first, second, strict=True))
+        assert (first[3] is None) == (what == "door, output allocated")
+    assert asked == ["wgmma"] * 7
 
 
 def test_launch_is_measured_cold_then_warm_for_each_library(hopper, monkeypatch, tmp_path):
     caches = []
 
-    def fresh(library, cache):
-        caches.append((library, cache))
+    def fresh(library, backend, cache):
+        caches.append((library, backend, cache))
         return {"seconds": {"first call": 9.0 - len(caches)}}
 
     monkeypatch.setattr(benchmark_launch, "find_spec", lambda name: name == "cupy" or None)
     monkeypatch.setattr(benchmark_launch, "first_call_of_a_process", fresh)
-    monkeypatch.setattr(benchmark_launch, "ways", lambda _: ({"door": int, "plan": int}, int))
+    monkeypatch.setattr(
+        benchmark_launch, "ways", lambda *_: ({"door": [int] * 2, "plan": [int]}, int)
+    )
     record = benchmark_launch.bench_launch(calls=800, results=tmp_path, progress=False)
-    assert caches == [("cupy", caches[0][1])] * 2
-    assert [row["what"] for row in record["rows"]] == [
-        "first call, cold disk", "first call, warm disk", "door", "plan",
-    ]  # fmt: skip
+    (cold, warm), (cold_too, warm_too) = caches[:2], caches[2:]
+    assert cold == warm == ("cupy", "mma", cold[2])
+    assert cold_too == warm_too == ("cupy", "wgmma", cold_too[2])
+    assert cold[2] != cold_too[2]
+    assert record["backends"] == ["mma", "wgmma"]
+    assert [(row["backend"], row["what"]) for row in record["rows"]] == [
+        (name, what)
+        for name in ("mma", "wgmma")
+        for what in ("first call, cold disk", "first call, warm disk", "door", "plan")
+    ]
     written = benchmark_launch.launch_table(record)
     assert "first call 8.00 s" in written
+    assert "cupy   wgmma  plan" in written
     assert "(bar: 25)" in written
     assert json.loads((tmp_path / "launch-nvidia-h200-2026-11-26.json").read_text())["rows"]
     monkeypatch.setattr(benchmark_launch, "find_spec", lambda name: None)
@@ -269,12 +308,12 @@ def test_a_first_call_says_how_long_each_step_took(monkeypatch, capsys):
     monkeypatch.setattr(
         "cuda_kernels.attention.skip_softmax_attention", lambda *_, **how: called.append(how)
     )
-    benchmark_launch.first_call("torch", 0.0)
+    benchmark_launch.first_call("torch", "mma", 0.0)
     seconds = json.loads(capsys.readouterr().out)
     assert list(seconds) == ["imports", "arrays", "first call", "second call"]
-    assert len(called) == 2
+    assert [how["backend"] for how in called] == ["mma", "mma"]
 
 
 def test_a_first_call_that_fails_says_why(tmp_path):
     with pytest.raises(RuntimeError, match=r"a first call with nonesuch failed: .*Error: "):
-        benchmark_launch.first_call_of_a_process("nonesuch", str(tmp_path))
+        benchmark_launch.first_call_of_a_process("nonesuch", "mma", str(tmp_path))

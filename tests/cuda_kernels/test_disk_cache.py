@@ -1,5 +1,6 @@
 """What is kept on disk: found again, named by all it depends on, whole or not there, shared."""
 
+import importlib.util
 import os
 import subprocess
 import sys
@@ -90,8 +91,14 @@ def package(tmp_path, monkeypatch):
     (home / "deeper.py").write_text("x = 1\n")
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setattr(disk_cache, "_LOADED_AT", time.time() + 100)
+    forget()
     yield home
+    forget()
+
+
+def forget():
     disk_cache.sources.cache_clear()
+    disk_cache._top.cache_clear()
 
 
 def test_a_name_depends_on_all_that_is_imported(package):
@@ -103,6 +110,38 @@ def test_a_name_depends_on_all_that_is_imported(package):
     assert disk_cache.entry_name(["one_of_mine.kernel"], 1) == before
     (package / "deeper.py").write_text("x = 2\n")
     assert disk_cache.entry_name(["one_of_mine.kernel"], 1) != before
+
+
+def test_what_is_installed_in_any_folder_is_not_walked(package, tmp_path, monkeypatch):
+    """Its version says enough, and Numba alone has more than a thousand files."""
+    folder = tmp_path / "any"
+    for name in ("packed", "alone.py", "mine.py", "numba/__init__.py", "llvmlite/__init__.py"):
+        file = folder / name if name.endswith(".py") else folder / name / "__init__.py"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text("from . import more\n" if "__init__" in file.name else "")
+        (file.parent / "more.py").write_text("")
+    for number, files in enumerate(("packed/__init__.py,,\n", "other/mine.py,,\nalone.py,,\n")):
+        (folder / f"{number}-1.0.dist-info").mkdir()
+        (folder / f"{number}-1.0.dist-info" / "RECORD").write_text(files)
+    beside = tmp_path / "dist-packages" / "of_debian"
+    beside.mkdir(parents=True)
+    (beside / "__init__.py").write_text("")
+    monkeypatch.syspath_prepend(folder)
+    monkeypatch.syspath_prepend(beside.parent)
+    for name in ("numba", "llvmlite"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+        assert Path(importlib.util.find_spec(name).origin).is_relative_to(folder)
+    names = "packed, alone, mine, of_debian, numba, llvmlite"
+    (package / "kernel.py").write_text(f"import {names}\nfrom packed import more\n")
+    found = disk_cache.sources("one_of_mine.kernel")
+    assert found == (folder / "mine.py", package / "kernel.py")
+
+
+def test_what_is_no_source_is_not_read(package, tmp_path):
+    (tmp_path / "built.so").write_bytes(b"\x7fELF")
+    (package / "kernel.py").write_text("import built, zlib, __main__, no_such_module\n")
+    assert disk_cache.sources("one_of_mine.kernel") == (package / "kernel.py",)
+    assert disk_cache.entry_name(["one_of_mine.kernel"]) is not None
 
 
 def test_a_name_depends_on_parts_and_compilers(monkeypatch):

@@ -38,8 +38,10 @@ def fields(report):
     return starts(report.lse, report.dropped_mass_bound, report.state, report.gap)
 
 
-def test_a_plan_writes_its_own_report_and_another_one_only_when_asked(noting):
-    plan = skip_softmax_plan(*arrays()[:3], threshold=0.1, gap=True)
+@pytest.mark.parametrize(("asked", "takes"), [(None, "wgmma"), ("mma", "mma")])
+def test_a_plan_writes_its_own_report_and_another_one_only_when_asked(noting, asked, takes):
+    plan = skip_softmax_plan(*arrays()[:3], threshold=0.1, gap=True, backend=asked)
+    assert plan.report.backend == takes
     at = plan._launcher.at
     for _ in range(2):
         for _ in range(2):

@@ -236,6 +236,23 @@ def test_windows_and_unequal_lengths_on_the_gpu(sizes, lengths, own, window, cau
 
 
 @needs_gpu
+def test_arrays_that_tma_does_not_take_are_for_mma_on_the_gpu(cupy):
+    case = Case("broadcast", lq=200, lk=333, hq=4, hkv=4, tile=(64, 128), d=64, dv=64)
+    q, k, v = case.tensors()
+    k = np.broadcast_to(k[:, :, :1], k.shape)
+    on_gpu = [cupy.asarray(x) for x in (q, k[:, :, :1], v)]
+    on_gpu[1] = cupy.broadcast_to(on_gpu[1], k.shape)
+    settings = {"threshold": case.threshold, "gap": True, "return_report": True}
+    out, report = skip_softmax_attention(*on_gpu, **settings)
+    assert report.backend == "mma"
+    fields = (report.state, report.gap, report.lse, report.dropped_mass_bound)
+    contract.check(case, (q, k, v), *(cupy.asnumpy(x) for x in (out, *fields)))
+    on_gpu[1] = cupy.ascontiguousarray(on_gpu[1])
+    _, usual = skip_softmax_attention(*on_gpu, **settings)
+    assert usual.backend == ("wgmma" if detect().compute_capability == HOPPER else "mma")
+
+
+@needs_gpu
 def test_a_plan_launches_again_and_in_a_graph_on_the_gpu(cupy, on_gpu):
     torch = pytest.importorskip("torch")
     q, k, v = (torch.randn(1, 300, 2, 64, device="cuda", dtype=torch.float16) for _ in range(3))

@@ -1,5 +1,6 @@
 """The notebooks as programs, and in Jupyter; on a GPU that is played, too."""
 
+import dataclasses
 import importlib.util
 import json
 import re
@@ -124,10 +125,10 @@ def played_gpu(monkeypatch):
     def call(q, k, v, *, backend=None, emulate=False, **settings):
         assert isinstance(q, OfCupy)
         assert not emulate
-        assert backend in (None, "mma")
+        assert backend in (None, "mma", "wgmma")
         plain = (x.view(np.ndarray) for x in (q, k, v))
         out, report = door(*plain, backend="reference", **settings)
-        return out.view(OfCupy), report
+        return out.view(OfCupy), dataclasses.replace(report, backend=backend or "wgmma")
 
     class Plan:
         def __init__(self, q, k, v, **settings):
@@ -172,11 +173,12 @@ def test_on_a_gpu_nothing_is_emulated_or_recorded(path, played_gpu, capsys):
     assert "emulated" not in text
     if path == catalogue.RUN_THE_KERNELS:
         assert "kernels in this notebook are launched on NVIDIA H200" in text
-        assert "asked for below: mma\n" in text
+        assert "asked for below: mma, wgmma\n" in text
+        assert re.search(r"^plan, launched: .* by wgmma>$", text, re.M)
         assert "as the door's, bit for bit: True" in text
         assert "Recorded" not in text
         workloads = ["random", "columns 0.5", "columns 0.9"]
-        assert played_gpu == [(name, 128, ("mma",), 10) for name in workloads]
+        assert played_gpu == [(name, 128, ("mma", "wgmma"), 10) for name in workloads]
         assert "1.500 (1.000–2.000) × fa2" in text[text.index("Measured here and now:") :]
     else:
         assert "on a GPU that is played" in text
