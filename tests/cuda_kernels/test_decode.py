@@ -377,7 +377,7 @@ def test_a_thousand_random_cases_on_the_gpu(hundred, torch):
 
 @needs_gpu
 def test_a_plan_is_captured_and_reads_lengths_pages_and_threshold_as_they_are(torch):
-    case = DecodeCase("graph", lens=(500, 333), kv_heads=2, page=16, splits=4, seeded=True)
+    case = DecodeCase("graph", lens=(500, 433), kv_heads=2, page=16, splits=4, seeded=True)
     q, k, v = case.tensors()
     (k, table), (v, _) = case.cache(k, fill=0.0), case.cache(v, fill=0.0)
     give = on_gpu(torch, case)
