@@ -16,7 +16,6 @@ from cuda_kernels.decode_plan import (
     ROWS,
     DecodePlan,
     DecodeSettings,
-    blocks_at_a_time,
     choose_splits,
     emulated,
 )
@@ -85,8 +84,8 @@ def skip_softmax_decode(
     order : {"ascending", "descending", "ends_first"}
         Visit order within each split.
     splits : int, optional
-        Blocks that share the cache of one vote group, 1 to 128; default: as many as fill this GPU
-        (with ``emulate``, an H200).
+        Blocks that share the cache of one vote group, 1 to 128; default: as many as give
+        all multiprocessors of this GPU (with ``emulate``, an H200) about as much to do.
     split_layout : {"interleaved", "contiguous"}
         Tile j goes to split j % splits, or each split gets a run of tiles, as even as possible.
     seeded : bool
@@ -235,6 +234,8 @@ def _prepare(
     scale: float | None, out: Any, workspace: Any, gap: bool, check: bool, emulate: bool,
 ) -> tuple[dict[str, Any], DecodeSettings]:  # fmt: skip
     """Check what is asked for; give the kernel's arrays, on the device of q, and the rest."""
+    from cuda_kernels.decode_mma import choose_stages
+
     _choice("layout", layout, tuple(LAYOUTS))
     _choice("split_layout", split_layout, SPLIT_LAYOUTS)
     _choice("keys", keys, (64, 128))
@@ -313,15 +314,13 @@ def _prepare(
     lam, skips = _thresholds(threshold, factor, q, (batch, kv_heads), check)
     longest = capacity if lengths is None else int(lengths.max())
     shape = (batch, tokens, heads, kv_heads, head_dim, capacity, page if paged else None, layout)
+    multiprocessors, shared = H200 if emulate else _gpu()
     settings = DecodeSettings(
-        *shape, keys, order, split_layout, 1, bool(seeded), factor is not None, bool(gap), skips,
-        check_scale(scale, head_dim),
+        *shape, keys, order, split_layout, 1, choose_stages(head_dim, keys, shared), bool(seeded),
+        factor is not None, bool(gap), skips, check_scale(scale, head_dim),
     )  # fmt: skip
     if splits is None:
-        on = H200 if emulate else _gpu()
-        splits = choose_splits(
-            settings.groups, -(-longest // keys), blocks_at_a_time(head_dim, keys, *on)
-        )
+        splits = choose_splits(settings.groups, -(-longest // keys), multiprocessors)
     elif isinstance(splits, bool) or not isinstance(splits, (int, np.integer)):
         raise ValueError(f"splits must be an integer, got {splits!r}")
     elif not 1 <= splits <= MAX_SPLITS:

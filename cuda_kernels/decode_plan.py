@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 ROWS = 16  # of a vote group: one tile of the tensor cores
 MAX_SPLITS = 128
 FEWEST_TILES = 4  # of a split that is worth its merge
+OVERHEAD = 4  # tiles that a block could copy while it begins, ends and waits for the merge
 H200 = 132, 233_472  # multiprocessors, and bytes of shared memory of each
 _NAMES = ("q", "k", "v", "out", "page_table", "seq_lens", "threshold")
 
@@ -39,6 +40,8 @@ class DecodeSettings:
         Keys of a tile.
     layout, order, split_layout : str
     splits : int
+    stages : int
+        Tiles of K, and of V, that a block has under way.
     seeded, by_length, gap, skips : bool
         ``by_length``: λ is what is given, divided by the keys of the request.
     scale : float
@@ -56,6 +59,7 @@ class DecodeSettings:
     order: str
     split_layout: str
     splits: int
+    stages: int
     seeded: bool
     by_length: bool
     gap: bool
@@ -98,7 +102,7 @@ class DecodeSettings:
         return self.groups * (self.splits * self.partial + 1) if self.splits > 1 else 0
 
 
-def choose_splits(groups: int, tiles: int, slots: int) -> int:
+def choose_splits(groups: int, tiles: int, multiprocessors: int) -> int:
     """Say how many blocks share the cache of one vote group.
 
     Parameters
@@ -107,36 +111,30 @@ def choose_splits(groups: int, tiles: int, slots: int) -> int:
         Vote groups: blocks that there are with one split.
     tiles : int
         Key tiles of the longest request.
-    slots : int
-        Blocks that the GPU runs at a time.
+    multiprocessors : int
 
     Returns
     -------
     int
-        The fewest with which the last wave of blocks leaves little idle: at most a tenth more than
-        the best number would.  A split has at least four tiles.
+        That with which the busiest multiprocessor is done first, if every block takes as long as
+        its tiles and ``OVERHEAD`` more.  A split has at least ``FEWEST_TILES`` tiles.
+
+    Notes
+    -----
+    One block has enough copies under way for the bandwidth of its multiprocessor, so what counts is
+    that all of these have about as much to do.  Where groups are few, that is one block for each:
+    multiprocessors // groups splits.
 
     Examples
     --------
-    >>> choose_splits(8, 1024, 396), choose_splits(256, 256, 396), choose_splits(8, 5, 396)
-    (45, 3, 1)
+    >>> choose_splits(8, 1024, 132), choose_splits(256, 256, 132), choose_splits(100, 256, 132)
+    (16, 1, 5)
     """
 
-    def used(splits: int) -> float:
-        waves = groups * splits / slots
-        return waves / ceil(waves)
+    def time(splits: int) -> int:
+        return ceil(groups * splits / multiprocessors) * (ceil(tiles / splits) + OVERHEAD)
 
-    possible = range(1, min(max(tiles // FEWEST_TILES, 1), MAX_SPLITS) + 1)
-    best = max(map(used, possible))
-    return next(splits for splits in possible if used(splits) >= 0.9 * best)
-
-
-def blocks_at_a_time(head_dim: int, keys: int, multiprocessors: int, shared: int) -> int:
-    """Blocks that a GPU runs at a time, of so many multiprocessors with that much shared memory."""
-    from cuda_kernels.decode_mma import BLOCKS, shared_bytes
-
-    each = shared_bytes(head_dim, keys) + 1024  # the system takes 1 KB of each block's
-    return multiprocessors * min(max(shared // each, 1), BLOCKS)
+    return min(range(1, min(max(tiles // FEWEST_TILES, 1), MAX_SPLITS) + 1), key=time)
 
 
 @dataclass(frozen=True, repr=False, eq=False)
@@ -394,8 +392,9 @@ def _kernel(q: Any, settings: DecodeSettings) -> tuple[Any, int]:
     from cuda_kernels.decode_mma import make_kernel, shared_bytes
 
     dtype = {"float16": 0, "bfloat16": 1}[arrays.dtype_name(q)]
-    size = settings.head_dim, settings.keys
-    return make_kernel(*size, dtype, settings.skips, settings.gap), shared_bytes(*size)
+    size, stages = (settings.head_dim, settings.keys), settings.stages
+    kernel = make_kernel(*size, dtype, settings.skips, settings.gap, stages)
+    return kernel, shared_bytes(*size, stages)
 
 
 def _grid(settings: DecodeSettings) -> tuple[int, int, int]:

@@ -10,8 +10,8 @@ import pytest
 from decode_cases import CASES, DecodeCase, random_case, run
 
 from cuda_kernels import arrays, detect, skip_softmax_decode, skip_softmax_decode_plan
-from cuda_kernels.decode_mma import SIGNATURE
-from cuda_kernels.decode_plan import choose_splits
+from cuda_kernels.decode_mma import SIGNATURE, choose_stages, shared_bytes
+from cuda_kernels.decode_plan import H200, choose_splits
 from cuda_kernels.emulator import emulate
 from cuda_kernels.remembered import Remembered
 
@@ -201,13 +201,27 @@ def test_nothing_falls_back_silently():
 
 @pytest.mark.parametrize(
     ("groups", "tiles", "splits"),
-    [(256, 256, 3), (64, 256, 6), (8, 1024, 45), (1, 1024, 116), (1, 40, 9), (5000, 1024, 1),
-     (397, 1024, 9), (8, 3, 1)],
+    [(256, 256, 1), (64, 256, 2), (8, 1024, 16), (132, 1024, 1), (1, 1024, 128), (1, 40, 10),
+     (5000, 1024, 1), (100, 256, 5), (133, 256, 8), (8, 3, 1)],
 )  # fmt: skip
-def test_splits_fill_the_gpu_and_have_tiles_enough(groups, tiles, splits):
-    assert choose_splits(groups, tiles, 396) == splits
-    waves = groups * splits / 396
-    assert waves / np.ceil(waves) >= 0.85 or tiles < 4 * 396 / groups
+def test_splits_give_all_multiprocessors_about_as_much_to_do(groups, tiles, splits):
+    assert choose_splits(groups, tiles, 132) == splits
+    busiest = np.ceil(groups * splits / 132) * np.ceil(tiles / splits)
+    assert busiest <= 1.15 * groups * tiles / 132 or tiles < 4 * 132 / groups
+
+
+@pytest.mark.parametrize(
+    ("shared", "stages", "blocks"),
+    [(228, 3, 2), (164, 2, 2), (100, 2, 1)],  # Hopper; A100; the other Amperes and Ada
+)  # fmt: skip
+def test_as_many_stages_as_let_two_blocks_share_a_multiprocessor(shared, stages, blocks):
+    assert choose_stages(128, 64, shared << 10) == stages
+    each = shared_bytes(128, 64, stages) + 1024
+    assert (shared << 10) // each == blocks
+    for head_dim, keys in ((64, 64), (64, 128), (128, 128)):
+        stages = choose_stages(head_dim, keys, shared << 10)
+        assert stages >= 1
+        assert shared_bytes(head_dim, keys, stages) <= (shared - 1) << 10
 
 
 class ImitatedLauncher:
@@ -240,6 +254,7 @@ def imitated_gpu(monkeypatch):
     monkeypatch.setattr("cuda_kernels.launch.load", lambda kernel, *_: kernel)
     monkeypatch.setattr("cuda_kernels.launch.Launcher", ImitatedLauncher)
     monkeypatch.setattr("cuda_kernels.decode._check_gpu", lambda q: None)
+    monkeypatch.setattr("cuda_kernels.decode._gpu", lambda: H200)
     monkeypatch.setattr(arrays, "address", lambda x: arrays.layout(x)[1])
 
 
