@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
+import os
+import sys
 from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+
+from cuda_kernels import gpu
 
 OLDEST = (7, 5)
 """Compute capability of Turing, the oldest that CUDA 13 compiles for."""
@@ -30,7 +36,7 @@ HOPPER = (9, 0)
 
 @dataclass(frozen=True)
 class Device:
-    """What Numba CUDA finds on this machine.
+    """What this machine has to run kernels on.
 
     ``kind`` is ``gpu``, ``simulator`` (NUMBA_ENABLE_CUDASIM=1), ``too old`` or ``none``;
     ``reason`` says in one sentence why kernels cannot run, and is empty where they can.
@@ -48,7 +54,7 @@ class Device:
 
 
 def detect() -> Device:
-    """Find out what Numba CUDA can use here.
+    """Find out what kernels can run on here.
 
     Returns
     -------
@@ -59,25 +65,40 @@ def detect() -> Device:
     >>> detect().kind in ("gpu", "simulator", "too old", "none")
     True
     """
+    if find_spec("numba") is None:
+        return Device("none", "Numba is not installed")
     try:
-        from numba import config, cuda
+        if simulates():
+            return Device("simulator", name="Numba's CUDA simulator")
+        if find_spec("numba_cuda") is None:
+            return Device("none", "numba-cuda is not installed")
+        found = gpu.current()
+    except gpu.NoGpu as error:
+        return Device("none", str(error))
     except ImportError as error:
         return Device("none", f"Numba CUDA cannot be imported ({error})")
-    if config.ENABLE_CUDASIM:
-        return Device("simulator", name="Numba's CUDA simulator")
-    try:
-        if not cuda.is_available():
-            return Device("none", "there is no CUDA GPU, or no driver for it")
-        device = cuda.get_current_device()
-        name = device.name.decode() if isinstance(device.name, bytes) else str(device.name)
-        capability = (int(device.compute_capability[0]), int(device.compute_capability[1]))
     except Exception as error:  # drivers fail in many ways, and each must end in a sentence
         return Device("none", f"the CUDA driver does not work ({error})")
+    name, capability = found.name, found.compute_capability
     if capability < OLDEST:
         major, minor = capability
         reason = f"{name} is too old: compute capability {major}.{minor}, at least 7.5 is needed"
         return Device("too old", reason, name, capability)
     return Device("gpu", "", name, capability)
+
+
+def simulates() -> bool:
+    """Whether Numba is told to simulate.
+
+    It is asked only where the answer can be yes: to load it takes longer than all else that the
+    first call of a process does.
+    """
+    told = os.environ.get("NUMBA_ENABLE_CUDASIM", "0") != "0"
+    if not (told or "numba" in sys.modules or Path(".numba_config.yaml").exists()):
+        return False
+    from numba import config
+
+    return bool(config.ENABLE_CUDASIM)
 
 
 def choose(backend: str | None, device: Device, *, fits_tensor_cores: bool = False) -> str:

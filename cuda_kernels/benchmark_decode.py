@@ -212,16 +212,15 @@ def _cache(
 
 def _reader(torch: Any, shape: Shape) -> Callable[[tuple[Any, Any]], None]:
     """Make a function that reads K and V and does nothing else."""
-    from numba import cuda
-
     from cuda_kernels.bandwidth import SIGNATURE, THREADS, make_kernel
+    from cuda_kernels.gpu import current
     from cuda_kernels.launch import Launcher, load
 
-    device = cuda.get_current_device()
-    blocks = device.MULTIPROCESSOR_COUNT * 8
+    device = current()
+    blocks = device.multiprocessors * 8
     each = ((shape.bytes // 4,), (2,), 2)  # K, or V, as numbers of 16 bits: whole chunks
     folded = torch.empty(blocks * THREADS, dtype=torch.int32, device="cuda")
-    compiled = load(make_kernel(), SIGNATURE, 0, device.id)
+    compiled = load(make_kernel(), SIGNATURE, 0, device)
     room = ((folded.numel(),), (4,), 4)
     launcher = Launcher(compiled, (blocks, 1, 1), THREADS, 0, each, each, room)
 

@@ -7,13 +7,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike
 
-from cuda_kernels import arrays
+from cuda_kernels import arrays, gpu
 from cuda_kernels.backends import TENSOR_CORES, detect
+from cuda_kernels.blocks.decode_mma import ROWS, choose_stages
 from cuda_kernels.checks import check_alike, check_heads, check_out
 from cuda_kernels.decode_plan import (
     H200,
     MAX_SPLITS,
-    ROWS,
     DecodePlan,
     DecodeSettings,
     choose_splits,
@@ -234,8 +234,6 @@ def _prepare(
     scale: float | None, out: Any, workspace: Any, gap: bool, check: bool, emulate: bool,
 ) -> tuple[dict[str, Any], DecodeSettings]:  # fmt: skip
     """Check what is asked for; give the kernel's arrays, on the device of q, and the rest."""
-    from cuda_kernels.decode_mma import choose_stages
-
     _choice("layout", layout, tuple(LAYOUTS))
     _choice("split_layout", split_layout, SPLIT_LAYOUTS)
     _choice("keys", keys, (64, 128))
@@ -430,10 +428,8 @@ def _check_gpu(q: Any) -> None:
 
 def _gpu() -> tuple[int, int]:
     """Multiprocessors of the current GPU, and the shared memory of each."""
-    from numba import cuda
-
-    device = cuda.get_current_device()
-    return device.MULTIPROCESSOR_COUNT, device.MAX_SHARED_MEMORY_PER_MULTIPROCESSOR
+    found = gpu.current()
+    return found.multiprocessors, found.shared_bytes
 
 
 def _choice(name: str, value: object, choices: tuple[Any, ...]) -> None:

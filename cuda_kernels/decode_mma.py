@@ -34,6 +34,7 @@ was.  Everyone waits for it, so its loads of up to 16 splits are all under way a
 import math
 from functools import cache
 
+from cuda_kernels.blocks.decode_mma import BLOCKS, MAXIMA, ROWS, SLOT, THREADS, WARPS
 from cuda_kernels.fragments import (
     chunk_at,
     exp2_rows,
@@ -83,39 +84,13 @@ from cuda_kernels.ptx.language import (
 )
 from cuda_kernels.tiles import BOUND_SAFETY, DESCENDING, ENDS_FIRST, LOG2_E
 
-ROWS = 16  # of a vote group
-WARPS, THREADS = 4, 128
-BLOCKS = 2  # on a multiprocessor, where there is shared memory for them
-RESERVED = 1024  # bytes of shared memory that the system takes for each block
-SLOT = 16 * THREADS  # bytes of four numbers a thread
-MAXIMA = 4 * WARPS * ROWS  # bytes of the row maxima of one tile
 STATISTICS = 4 * ROWS  # float32 that stand behind a partial result's output: m, l, u of each row
 TOGETHER = 16  # splits that the merge reads at a time
-WHOLE = 30  # page_shift of a cache that is not paged: every key is on page 0 of its request
 SIGNATURE = (  # caches of any strides: one build serves them all
     "void(int16[:,:,:,:], int16[:,:,:,:], int16[:,:,:,:], int16[:,:,:,:], int32[:,:], int32[:], "
     "float32[:,:], float32[:,:,::1], int32[::1], float32[:,:,::1], float32[:,:,::1], "
     "uint8[:,:,:,::1], float32[:,:,:,::1], float32, int32, boolean, int32, boolean, int32)"
 )
-
-
-def shared_bytes(head_dim, keys, stages):
-    """Dynamic shared memory of a block: K and V, the slots of P, and row maxima of two tiles."""
-    of_a_stage = 2 * 2 * keys * head_dim + SLOT * (1 + keys // WARPS // 16)
-    return stages * of_a_stage + 2 * MAXIMA
-
-
-def choose_stages(head_dim, keys, shared):
-    """Tiles of K, and of V, under way at a time, with ``shared`` bytes on a multiprocessor.
-
-    As many as let ``BLOCKS`` blocks share it; or, if that is one, up to two with one block.
-    """
-
-    def most(blocks):
-        room = shared // blocks - RESERVED - shared_bytes(head_dim, keys, 0)
-        return room // (shared_bytes(head_dim, keys, 1) - shared_bytes(head_dim, keys, 0))
-
-    return max(most(BLOCKS), min(most(1), 2))
 
 
 @fragment

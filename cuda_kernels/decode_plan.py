@@ -10,14 +10,16 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from cuda_kernels import arrays
-from cuda_kernels.plan import abi_of, check_form, form_of
+from cuda_kernels import arrays, gpu
+from cuda_kernels.blocks.decode_mma import ROWS, THREADS, WHOLE, shared_bytes
+from cuda_kernels.forms import Forms
+from cuda_kernels.kernel import Kernel
+from cuda_kernels.plan import abi_of
 from sim.geometry import COMPUTED, MASKED, ORDERS, SKIPPED
 
 if TYPE_CHECKING:
     from sim.decode import DecodeBytes
 
-ROWS = 16  # of a vote group: one tile of the tensor cores
 MAX_SPLITS = 128
 FEWEST_TILES = 4  # of a split that is worth its merge
 OVERHEAD = 4  # tiles that a block could copy while it begins, ends and waits for the merge
@@ -244,9 +246,6 @@ class DecodePlan:
     def __init__(
         self, tensors: dict[str, Any], settings: DecodeSettings, workspace: Any = None
     ) -> None:
-        from numba import cuda
-
-        from cuda_kernels.decode_mma import SIGNATURE, THREADS
         from cuda_kernels.launch import Launcher, load
 
         q = tensors["q"]
@@ -256,8 +255,8 @@ class DecodePlan:
         if workspace is None:
             workspace = arrays.full(q, (max(settings.workspace_size, 1),), 0)
         self._own = {name: tensors[name] for name in _NAMES[4:]}
-        self._is_torch = arrays.library_of(q) == "torch"
-        self._forms = {name: form_of(tensors[name]) for name in _NAMES}
+        self._forms = Forms({name: tensors[name] for name in _NAMES})
+        self._stream = arrays.stream_of(q)
         self._results = _results(self.report, q)
         self._workspace = workspace
         partials, counters = _parts_of_workspace(settings)
@@ -266,8 +265,9 @@ class DecodePlan:
         if settings.splits == 1:
             at_counters = start
         self._workspace_at = [start, at_counters]
+        self._results_at = [arrays.layout(x)[1] for x in self._results]
         self._launcher = Launcher(
-            load(kernel, SIGNATURE, shared, cuda.get_current_device().id),
+            load(kernel, None, shared, gpu.current()),
             _grid(settings),
             THREADS,
             shared,
@@ -303,7 +303,7 @@ class DecodePlan:
             If an array has another shape, other strides, another dtype or device.
         """
         given = self._given(q, k, v, out, seq_lens, page_table, threshold)
-        self._launch(given, self._results)
+        self._launch(given, self._results_at)
         if seq_lens is not None or threshold is not None:
             self.report = replace(self.report, seq_lens=given["seq_lens"], given=given["threshold"])
         return given["out"]
@@ -315,7 +315,7 @@ class DecodePlan:
         """Launch, and return the output and a report of its own."""
         given = self._given(q, k, v, out, seq_lens, page_table, threshold)
         report = make_report(given, self.settings, self.report.backend)
-        self._launch(given, _results(report, q))
+        self._launch(given, [arrays.layout(x)[1] for x in _results(report, q)])
         return given["out"], report
 
     def _given(
@@ -330,24 +330,15 @@ class DecodePlan:
         changed = {"page_table": page_table, "seq_lens": seq_lens, "threshold": threshold}
         return given | {name: x for name, x in changed.items() if x is not None}
 
-    def _launch(self, given: dict[str, Any], results: tuple[Any, ...]) -> None:
-        addresses = []
-        for name, x in given.items():
-            check_form(name, x, self._forms[name], self._is_torch)
-            addresses.append(arrays.address(x))
-        for name, at in zip(_NAMES[:4], addresses, strict=False):
-            if at & 15:
-                raise ValueError(f"{name} must start at a multiple of 16 bytes, got 0x{at:x}")
-        addresses += self._workspace_at
-        addresses += (arrays.address(x) for x in results)
-        self._launcher(arrays.current_stream(given["q"]), *addresses)
+    def _launch(self, given: dict[str, Any], results: list[int]) -> None:
+        at = self._forms.addresses(*given.values())
+        self._launcher(self._stream(), *at, *self._workspace_at, *results)
 
 
 def emulated(
     tensors: dict[str, Any], settings: DecodeSettings, workspace: Any = None
 ) -> DecodeReport:
     """Run the kernel's own source on the CPU."""
-    from cuda_kernels.decode_mma import THREADS
     from cuda_kernels.emulator import emulate
 
     q = tensors["q"]
@@ -359,7 +350,7 @@ def emulated(
         workspace = arrays.full(q, (size + int(np.prod(counters)),), 0)
     numbers = arrays.bare(workspace)
     emulate(
-        kernel,
+        kernel.make(),
         _grid(settings),
         THREADS,
         *(arrays.bare(arrays.as_bits(tensors[name])) for name in _NAMES[:4]),
@@ -387,14 +378,12 @@ def make_report(tensors: dict[str, Any], settings: DecodeSettings, backend: str)
     return DecodeReport(state, gap, lse, bound, *given, settings, backend)
 
 
-def _kernel(q: Any, settings: DecodeSettings) -> tuple[Any, int]:
-    """Build the kernel for these arguments: dense where nothing can be skipped."""
-    from cuda_kernels.decode_mma import make_kernel, shared_bytes
-
+def _kernel(q: Any, settings: DecodeSettings) -> tuple[Kernel, int]:
+    """Name the kernel for these arguments: dense where nothing can be skipped."""
     dtype = {"float16": 0, "bfloat16": 1}[arrays.dtype_name(q)]
     size, stages = (settings.head_dim, settings.keys), settings.stages
-    kernel = make_kernel(*size, dtype, settings.skips, settings.gap, stages)
-    return kernel, shared_bytes(*size, stages)
+    arguments = (*size, dtype, settings.skips, settings.gap, stages)
+    return Kernel("cuda_kernels.decode_mma", arguments), shared_bytes(*size, stages)
 
 
 def _grid(settings: DecodeSettings) -> tuple[int, int, int]:
@@ -418,8 +407,6 @@ def _results(report: DecodeReport, q: Any) -> tuple[Any, ...]:
 
 
 def _scalars(settings: DecodeSettings, real: Any, boolean: Any, integer: Any) -> tuple[Any, ...]:
-    from cuda_kernels.decode_mma import WHOLE
-
     shift = WHOLE if settings.page is None else settings.page.bit_length() - 1
     seeds = 2 if settings.seeded and (settings.skips or settings.gap) else 0
     return (

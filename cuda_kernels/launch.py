@@ -16,7 +16,7 @@ import subprocess
 import tempfile
 from collections import Counter
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cuda_kernels import disk_cache
+from cuda_kernels.gpu import Gpu
+from cuda_kernels.kernel import Kernel
 from cuda_kernels.ptx.tensor_map import TensorMap
 
 ARCHITECTURES = ("sm_80", "sm_86", "sm_89", "sm_90a", "sm_100a", "sm_120a")
@@ -136,8 +138,8 @@ def build(kernel: Any, signature: Any, arch: str) -> Build:
     Parameters
     ----------
     kernel, signature, arch
-        As in :func:`assemble`.  A kernel of a module that is no file, or that closes over more
-        than numbers, is compiled every time.
+        As in :func:`assemble`; or a :class:`~cuda_kernels.kernel.Kernel` and None.  A kernel of a
+        module that is no file, or that closes over more than numbers, is compiled every time.
 
     Returns
     -------
@@ -156,6 +158,8 @@ def build(kernel: Any, signature: Any, arch: str) -> Build:
     if kept:
         head, _, cubin = kept.partition(b"\n")
         return Build(cubin=cubin, **json.loads(head))
+    if isinstance(kernel, Kernel):
+        kernel, signature = kernel.make(), kernel.signature
     made = _compile(kernel, signature, arch)
     if name:
         head = json.dumps({"entry": made.entry, "log": made.log}).encode()
@@ -168,6 +172,8 @@ _OPTIONS = ("debug", "fastmath", "launch_bounds", "lineinfo", "opt")  # of kerne
 
 def kept_as(kernel: Any, signature: Any, arch: str) -> str | None:
     """Name a build on disk; None if it cannot be kept there (:func:`build` says when)."""
+    if isinstance(kernel, Kernel):  # its module says all the rest
+        return disk_cache.entry_name((__name__, kernel.module), *kernel.arguments, arch)
     function, options = kernel.py_func, kernel.targetoptions
     return disk_cache.entry_name(
         (__name__, function.__module__),
@@ -323,18 +329,19 @@ def _run(tool: str, *arguments: Any) -> str:
 
 
 @cache
-def load(kernel: Any, signature: str, shared_bytes: int, device: int) -> int:
+def load(kernel: Any, signature: str | None, shared_bytes: int, gpu: Gpu) -> int:
     """Build a kernel for this GPU, load it, and let it have its dynamic shared memory.
 
     Parameters
     ----------
-    kernel : ``@cuda.jit`` kernel
-    signature : str
-        Arrays in it have any strides: one build serves contiguous and strided ones.
+    kernel : Kernel, or ``@cuda.jit`` kernel
+    signature : str or None
+        Of a ``@cuda.jit`` kernel.  Arrays in it have any strides: one build serves contiguous and
+        strided ones.
     shared_bytes : int
         More than 48 KB must be asked for, kernel by kernel.
-    device : int
-        Number of the current GPU.
+    gpu : Gpu
+        The current one.
 
     Returns
     -------
@@ -347,17 +354,15 @@ def load(kernel: Any, signature: str, shared_bytes: int, device: int) -> int:
         If this GPU has not that much shared memory, or does not take the machine code.
     """
     from cuda.bindings import driver
-    from numba import cuda
 
-    major, minor = cuda.get_current_device().compute_capability
-    made = build(kernel, signature, f"sm_{major}{minor}{'a' if major >= 9 else ''}")
-    name = kernel.py_func.__name__
+    made = build(kernel, signature, gpu.architecture)
+    name = kernel.name if isinstance(kernel, Kernel) else kernel.py_func.__name__
     status, library = driver.cuLibraryLoadData(made.cubin, [], [], 0, [], [], 0)
     _check(status, f"{name} cannot be loaded")
     status, function = driver.cuLibraryGetKernel(library, made.entry.encode())
     _check(status, f"{name} cannot be found in its own machine code")
     attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
-    (status,) = driver.cuKernelSetAttribute(attribute, shared_bytes, function, device)
+    (status,) = driver.cuKernelSetAttribute(attribute, shared_bytes, function, gpu.number)
     _check(
         status,
         f"{name} needs {shared_bytes} bytes of shared memory per block, more than this GPU has; "
@@ -441,10 +446,10 @@ class Launcher:
             values += [ctypes.c_int64(n) for n in (*shape, *strides)]
         self._values = values
         self._pointers = (ctypes.c_void_p * len(values))(*map(ctypes.addressof, values))
-        self._where = (*grid, threads, 1, 1, shared_bytes)
-        self._function = driver.CUfunction(function)
+        where = (*grid, threads, 1, 1, shared_bytes)
+        self._launch = partial(driver.cuLaunchKernel, driver.CUfunction(function), *where)
         self._parameters = ctypes.addressof(self._pointers)
-        self._launch, self._success = driver.cuLaunchKernel, driver.CUresult.CUDA_SUCCESS
+        self._success = driver.CUresult.CUDA_SUCCESS
 
     def __call__(self, stream: int, *addresses: int) -> None:
         """Launch.
@@ -454,16 +459,17 @@ class Launcher:
         stream : int
             Handle of a CUDA stream; 0 is the default stream.
         *addresses : int
-            Of the arrays, in the order of the signature.
+            Of the arrays, in the order of the signature.  The last ones may be left out where they
+            are what they were in the call before.
 
         Raises
         ------
         RuntimeError
             If the driver refuses.
         """
-        for slot, address in zip(self._addresses, addresses, strict=True):
+        for slot, address in zip(self._addresses, addresses, strict=False):
             slot.value = address
-        (status,) = self._launch(self._function, *self._where, stream, self._parameters, 0)
+        (status,) = self._launch(stream, self._parameters, 0)
         if status != self._success:
             _check(status, "the launch failed")
 

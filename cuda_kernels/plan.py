@@ -9,13 +9,15 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from cuda_kernels import arrays
+from cuda_kernels import arrays, gpu
+from cuda_kernels.blocks import prefill_mma, prefill_wgmma
+from cuda_kernels.blocks.grid import NO_WINDOW
+from cuda_kernels.forms import Forms
+from cuda_kernels.kernel import Kernel
 from cuda_kernels.ptx.tensor_map import TensorMap
 from cuda_kernels.report import SkipReport
 from sim.geometry import ORDERS, Grid
 from sim.threshold import ln_threshold
-
-_NAMES = ("q", "k", "v", "out")
 
 
 @dataclass(frozen=True, eq=False)
@@ -69,8 +71,7 @@ class Recipe:
 
     Attributes
     ----------
-    kernel : ``@cuda.jit`` kernel
-    signature : str
+    kernel : Kernel
     shared_bytes : int
         Dynamic shared memory of a block.
     grid : tuple of int
@@ -81,8 +82,7 @@ class Recipe:
         ``real``, ``boolean`` or ``integer``, and the value.
     """
 
-    kernel: Any
-    signature: str
+    kernel: Kernel
     shared_bytes: int
     grid: tuple[int, int, int]
     threads: int
@@ -106,28 +106,27 @@ class PrefillPlan:
     def __init__(
         self, q: Any, k: Any, v: Any, settings: Settings, out: Any = None, backend: str = "mma"
     ) -> None:
-        from numba import cuda
-
         from cuda_kernels.launch import Launcher, load
 
         recipe = RECIPES[backend](q, k, v, settings)
         self._settings, self._backend = settings, backend
         if out is None:
             out = arrays.empty_like(q, (*q.shape[:3], v.shape[3]))
-        self._is_torch = arrays.library_of(q) == "torch"
-        self._forms = [form_of(x) for x in (q, k, v, out)]
+        self._out_shape = out.shape
+        self._forms = Forms({"q": q, "k": k, "v": v, "out": out})
+        self._stream = arrays.stream_of(q)
         self._constants = _constants(q, settings)
         self.report = make_report(q, settings, backend)
         fields = _fields(self.report, q)
         self._addresses = [arrays.layout(x)[1] for x in (*self._constants, *fields)]
-        device = cuda.get_current_device().id
+        self._displaced: list[int] = self._addresses  # what the launcher does not have of them
         kinds = {"real": ctypes.c_float, "boolean": ctypes.c_uint8, "integer": ctypes.c_int32}
         tensors = [abi_of(x) for x in (q, k, v, out)]
         if recipe.boxes is not None:
             bits = (arrays.as_bits(x) for x in (q, k, v, out))
             tensors = [TensorMap(x, box) for x, box in zip(bits, recipe.boxes, strict=True)]
         self._launcher = Launcher(
-            load(recipe.kernel, recipe.signature, recipe.shared_bytes, device),
+            load(recipe.kernel, None, recipe.shared_bytes, gpu.current()),
             recipe.grid,
             recipe.threads,
             recipe.shared_bytes,
@@ -157,27 +156,23 @@ class PrefillPlan:
         """
         if out is None:
             out = self.empty_out(q)
-        self._launch(q, k, v, out, self._addresses)
+        at = self._forms.addresses(q, k, v, out)
+        self._launcher(self._stream(), *at, *self._displaced)
+        self._displaced = []
         return out
 
     def empty_out(self, q: Any) -> Any:
         """Allocate an output."""
-        return arrays.empty_like(q, self._forms[3][0])
+        return arrays.empty_like(q, self._out_shape)
 
     def fresh(self, q: Any, k: Any, v: Any, out: Any) -> SkipReport:
         """Launch, and return a report of its own."""
         report = make_report(q, self._settings, self._backend)
         results = [arrays.layout(x)[1] for x in _fields(report, q)]
-        self._launch(q, k, v, out, [*self._addresses[:2], *results])
+        at = self._forms.addresses(q, k, v, out)
+        self._displaced = self._addresses
+        self._launcher(self._stream(), *at, *self._addresses[:2], *results)
         return report
-
-    def _launch(self, q: Any, k: Any, v: Any, out: Any, rest: list[int]) -> None:
-        addresses = [arrays.address(x) for x in (q, k, v, out)]
-        for name, x, form, at in zip(_NAMES, (q, k, v, out), self._forms, addresses, strict=True):
-            check_form(name, x, form, self._is_torch)
-            if at & 15:
-                raise ValueError(f"{name} must start at a multiple of 16 bytes, got 0x{at:x}")
-        self._launcher(arrays.current_stream(q), *addresses, *rest)
 
 
 def emulated(
@@ -193,7 +188,7 @@ def emulated(
     if recipe.boxes is not None:
         tensors = [TensorMap(x, box) for x, box in zip(tensors, recipe.boxes, strict=True)]
     emulate(
-        recipe.kernel,
+        recipe.kernel.make(),
         recipe.grid,
         recipe.threads,
         *tensors,
@@ -217,29 +212,25 @@ def make_report(q: Any, settings: Settings, backend: str) -> SkipReport:
 
 
 def _mma(q: Any, k: Any, v: Any, settings: Settings) -> Recipe:
-    from cuda_kernels import prefill_mma as module
-
+    block = prefill_mma
     return Recipe(
-        module.make_kernel(*_compile_time(q, v, settings)),
-        module.SIGNATURE,
-        module.shared_bytes(q.shape[3], v.shape[3]),
+        Kernel("cuda_kernels.prefill_mma", _compile_time(q, v, settings)),
+        block.shared_bytes(q.shape[3], v.shape[3]),
         (settings.grid.groups, q.shape[2], q.shape[0]),
-        module.THREADS,
+        block.THREADS,
         None,
         (*_scalars(settings), ("boolean", True)),
     )
 
 
 def _wgmma(q: Any, k: Any, v: Any, settings: Settings) -> Recipe:
-    from cuda_kernels import prefill_wgmma as module
-
+    block = prefill_wgmma
     return Recipe(
-        module.make_kernel(*_compile_time(q, v, settings)),
-        module.SIGNATURE,
-        module.shared_bytes(q.shape[3], v.shape[3]),
-        (module.blocks(settings.grid.groups, settings.grid.causal), q.shape[2], q.shape[0]),
-        module.THREADS,
-        (module.Q_BOX, module.K_BOX, module.V_BOX, module.OUT_BOX),
+        Kernel("cuda_kernels.prefill_wgmma", _compile_time(q, v, settings)),
+        block.shared_bytes(q.shape[3], v.shape[3]),
+        (block.blocks(settings.grid.groups, settings.grid.causal), q.shape[2], q.shape[0]),
+        block.THREADS,
+        (block.Q_BOX, block.K_BOX, block.V_BOX, block.OUT_BOX),
         (*_scalars(settings), ("integer", q.shape[2] // k.shape[2])),
     )
 
@@ -265,8 +256,6 @@ def _fields(report: SkipReport, q: Any) -> tuple[Any, ...]:
 
 def _scalars(settings: Settings) -> tuple[tuple[str, Any], ...]:
     """Softmax scale, mask and order, as both kernels take them."""
-    from cuda_kernels.tiles import NO_WINDOW
-
     window = NO_WINDOW if settings.grid.window is None else settings.grid.window
     return (
         ("real", settings.scale),
@@ -274,29 +263,6 @@ def _scalars(settings: Settings) -> tuple[tuple[str, Any], ...]:
         ("integer", window),
         ("integer", ORDERS.index(settings.order)),
     )
-
-
-def form_of(array: Any) -> tuple[Any, ...]:
-    """What a plan needs to be the same: shape, strides in elements or bytes, dtype, device."""
-    strides = array.stride() if hasattr(array, "stride") else array.strides
-    return array.shape, strides, array.dtype, array.device
-
-
-def check_form(name: str, array: Any, form: tuple[Any, ...], is_torch: bool) -> None:
-    """Refuse an array that is not like the one a plan was made for."""
-    shape, strides, dtype, device = form
-    if not (
-        array.shape == shape
-        and (array.stride() if is_torch else array.strides) == strides
-        and array.dtype == dtype
-        and array.device == device
-    ):
-        raise ValueError(f"{name} must be as planned, {_words(form)}; got {_words(form_of(array))}")
-
-
-def _words(form: tuple[Any, ...]) -> str:
-    shape, strides, dtype, device = form
-    return f"{list(shape)} with strides {list(strides)}, {dtype} on {device}"
 
 
 def abi_of(array: Any) -> tuple[tuple[int, ...], tuple[int, ...], int]:

@@ -22,6 +22,8 @@ bounds lie in shared memory between tiles, and what little else a thread needs i
 import math
 from functools import cache
 
+from cuda_kernels.blocks.grid import KEYS, ROWS
+from cuda_kernels.blocks.prefill_mma import HALF, SLOT, THREADS
 from cuda_kernels.fragments import (
     chunk_at,
     exp2_pack,
@@ -70,9 +72,7 @@ from cuda_kernels.ptx.language import (
 )
 from cuda_kernels.tiles import (
     BOUND_SAFETY,
-    KEYS,
     LOG2_E,
-    ROWS,
     count_visible,
     end_of,
     mask_row,
@@ -80,19 +80,11 @@ from cuda_kernels.tiles import (
     uniform,
 )
 
-THREADS = 128
-HALF = 4 * ROWS  # bytes of the running maxima of one half of the keys
-SLOT = 16 * THREADS  # bytes of four numbers a thread
 SIGNATURE = (  # arrays of any strides: one build serves them all
     "void(int16[:,:,:,:], int16[:,:,:,:], int16[:,:,:,:], int16[:,:,:,:], int32[:,::1], "
     "float32[:,::1], float32[:,:,:], float32[:,:,:], uint8[:,:,:,::1], float32[:,:,:,::1], "
     "float32, boolean, int32, int32, boolean)"
 )
-
-
-def shared_bytes(head_dim, v_head_dim):
-    """Dynamic shared memory of a block: Q, K, V, and what warps and threads leave there."""
-    return 2 * (ROWS * head_dim + KEYS * head_dim + KEYS * v_head_dim) + 2 * HALF + 256 + 2 * SLOT
 
 
 @fragment

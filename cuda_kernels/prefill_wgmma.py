@@ -26,6 +26,8 @@ A row beyond the request's own has m = +∞ from the start: whatever its scores,
 import math
 from functools import cache
 
+from cuda_kernels.blocks.grid import KEYS, ROWS
+from cuda_kernels.blocks.prefill_wgmma import BOX, THREADS, stages
 from cuda_kernels.fragments import (
     exp2_rows,
     fill,
@@ -82,9 +84,7 @@ from cuda_kernels.ptx.language import (
 )
 from cuda_kernels.tiles import (
     BOUND_SAFETY,
-    KEYS,
     LOG2_E,
-    ROWS,
     columns_seen,
     end_of,
     mask_row,
@@ -92,31 +92,13 @@ from cuda_kernels.tiles import (
     uniform,
 )
 
-THREADS = 384
 BLOCK_ROWS = 2 * ROWS
-BOX = 128 * 128  # bytes of a copy: 128 rows of Q, K or V × 64 columns
-Q_BOX, K_BOX, V_BOX, OUT_BOX = (1, 128, 1, 64), (1, KEYS, 1, 64), (1, KEYS, 1, 64), (1, ROWS, 1, 64)
 TURN, VOTE, OUT = 1, 3, 5  # barriers of the block, + the number of the group
 SIGNATURE = (  # arrays of any strides: one build serves them all
     "void(tensor_map, tensor_map, tensor_map, tensor_map, int32[:,::1], float32[:,::1], "
     "float32[:,:,:], float32[:,:,:], uint8[:,:,:,::1], float32[:,:,:,::1], "
     "float32, boolean, int32, int32, int32)"
 )
-
-
-def stages(head_dim):
-    """Tiles of K, and of V, that are in shared memory at a time: a power of two."""
-    return 4 if head_dim == 64 else 2
-
-
-def shared_bytes(head_dim, v_head_dim):
-    """Dynamic shared memory of a block: Q, K, V, and barriers and marks."""
-    return BOX * (head_dim // 64 + stages(head_dim) * (head_dim + v_head_dim) // 64) + 256
-
-
-def blocks(groups, causal):
-    """Blocks of the grid along the rows of the longest request."""
-    return (groups + 1 + int(causal)) // 2
 
 
 @fragment

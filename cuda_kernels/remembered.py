@@ -11,6 +11,7 @@ import numpy as np
 from cuda_kernels import arrays
 
 MAX_PLANS = 64  # that a door remembers
+_OFTEN = frozenset({type(None), bool, int, float, str})
 _PLAIN = (int, float, str, np.generic)
 
 
@@ -20,8 +21,10 @@ def call_of(tensors: tuple[Any, ...], asked: tuple[Any, ...]) -> Any:
     The host thread is part of it: a plan is for one at a time.
     """
     for x in asked:
-        if not (x is None or isinstance(x, _PLAIN)) and not (
-            isinstance(x, tuple) and all(isinstance(y, _PLAIN) for y in x)
+        if (
+            type(x) not in _OFTEN
+            and not isinstance(x, _PLAIN)
+            and not (isinstance(x, tuple) and all(isinstance(y, _PLAIN) for y in x))
         ):
             return None
     forms = [arrays.form(x) if x is not None else () for x in tensors]

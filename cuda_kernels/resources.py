@@ -91,7 +91,8 @@ def _words(head_dim: int, v_head_dim: int, dtype: str, skip: bool, gap: bool) ->
 def _mma(
     head_dim: int, v_head_dim: int, dtype: str, skip: bool, gap: bool
 ) -> Iterator[Configuration]:
-    from cuda_kernels.prefill_mma import SIGNATURE, shared_bytes
+    from cuda_kernels.blocks.prefill_mma import shared_bytes
+    from cuda_kernels.prefill_mma import SIGNATURE
 
     # head_dim 192 needs more shared memory than the others have; F16 and the build with gaps differ
     # from BF16 and the skip build in a few instructions, so one architecture must do for them
@@ -116,7 +117,8 @@ def _mma(
 def _wgmma(
     head_dim: int, v_head_dim: int, dtype: str, skip: bool, gap: bool
 ) -> Iterator[Configuration]:
-    from cuda_kernels.prefill_wgmma import SIGNATURE, shared_bytes
+    from cuda_kernels.blocks.prefill_wgmma import shared_bytes
+    from cuda_kernels.prefill_wgmma import SIGNATURE
 
     yield Configuration(
         name=f"prefill_wgmma {_words(head_dim, v_head_dim, dtype, skip, gap)}",
@@ -133,7 +135,8 @@ def _wgmma(
 def _decode(
     head_dim: int, keys: int, dtype: str, skip: bool, gap: bool, architectures: tuple[str, ...]
 ) -> Iterator[Configuration]:
-    from cuda_kernels.decode_mma import SIGNATURE, choose_stages, shared_bytes
+    from cuda_kernels.blocks.decode_mma import choose_stages, shared_bytes
+    from cuda_kernels.decode_mma import SIGNATURE
 
     by_stages: dict[int, list[str]] = defaultdict(list)
     for arch in architectures:

@@ -11,11 +11,9 @@ import numpy as np
 
 from cuda_kernels.ptx.language import cpu_body, f32, fragment, i32, shfl_idx_u32, u32
 
-ROWS, KEYS = 64, 128  # the decision grid
 LOG2_E = math.log2(math.e)
 BOUND_SAFETY = 1.01  # covers approximate exponentials
 ASCENDING, DESCENDING, ENDS_FIRST = 0, 1, 2
-NO_WINDOW = 1 << 30
 
 
 @fragment

@@ -2,15 +2,14 @@
 
 import numpy as np
 
+from cuda_kernels.gpu import current
 from cuda_kernels.launch import Launcher, load
 from cuda_kernels.ptx.language import TensorMap
 
 
 def launch(kernel, signature, blocks, threads, shared_bytes, *arguments):
     """Launch on the default stream; arguments are CuPy arrays, NumPy scalars and tensor maps."""
-    from numba import cuda
-
-    function = load(kernel, signature, shared_bytes, cuda.get_current_device().id)
+    function = load(kernel, signature, shared_bytes, current())
     laid_out, addresses = [], []
     for argument in arguments:
         if isinstance(argument, TensorMap):

@@ -1,5 +1,8 @@
 """The public door: shapes and dtypes in and out, every refusal, thresholds per request and head."""
 
+import os
+import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
@@ -11,10 +14,12 @@ from cuda_kernels import (
     Device,
     backends,
     detect,
+    gpu,
     skip_softmax_attention,
     skip_softmax_plan,
 )
-from cuda_kernels.plan import check_form, form_of
+from cuda_kernels.arrays import layout
+from cuda_kernels.forms import Forms
 from cuda_kernels.remembered import Remembered
 
 RNG = np.random.default_rng(5)
@@ -203,28 +208,106 @@ def test_choice_of_back_end():
         backends.choose("simt", old)
 
 
+class PlayedDriver:
+    """One GPU, as cuda-bindings would tell of it, in a thread that has no context yet."""
+
+    def __init__(self, capability):
+        self.capability, self.made_current = capability, None
+
+    def play(self, monkeypatch):
+        driver = pytest.importorskip("cuda.bindings.driver", reason="numba-cuda is not installed")
+        good, bad = driver.CUresult.CUDA_SUCCESS, driver.CUresult.CUDA_ERROR_INVALID_CONTEXT
+        kinds = driver.CUdevice_attribute
+        numbers = {
+            kinds.CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR: self.capability[0],
+            kinds.CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR: self.capability[1],
+            kinds.CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT: 132,
+            kinds.CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_MULTIPROCESSOR: 233_472,
+        }
+
+        def make_current(context):
+            self.made_current = context
+            return (good,)
+
+        answers = {
+            "cuInit": lambda _: (good,),
+            "cuDeviceGetCount": lambda: (good, 1),
+            "cuCtxGetDevice": lambda: (bad, None) if self.made_current is None else (good, 2),
+            "cuDeviceGet": lambda number: (good, number),
+            "cuDevicePrimaryCtxRetain": lambda device: (good, f"context of {device}"),
+            "cuCtxSetCurrent": make_current,
+            "cuDeviceGetName": lambda _, device: (good, b"Some card\0\0"),
+            "cuDeviceGetAttribute": lambda kind, device: (good, numbers[kind]),
+        }
+        for name, answer in answers.items():
+            monkeypatch.setattr(driver, name, answer)
+        return driver
+
+
 @pytest.mark.parametrize(
     ("capability", "kind"), [((9, 0), "gpu"), ((7, 5), "gpu"), ((5, 2), "too old")]
 )
 def test_old_gpus_are_told_apart(monkeypatch, capability, kind):
-    cuda = pytest.importorskip("numba.cuda", reason="Numba has no wheel here")
-    card = type("Card", (), {"name": b"Some card", "compute_capability": capability})()
-    monkeypatch.setattr(cuda, "is_available", lambda: True)
-    monkeypatch.setattr(cuda, "get_current_device", lambda: card)
+    played = PlayedDriver(capability)
+    played.play(monkeypatch)
     found = backends.detect()
     assert found.kind == kind
     assert found.name == "Some card"
+    assert found.compute_capability == capability
     assert ("compute capability 5.2, at least 7.5" in found.reason) == (kind == "too old")
 
 
+def test_the_current_gpu_is_that_of_the_context_and_the_first_gets_one(monkeypatch):
+    played = PlayedDriver((9, 0))
+    played.play(monkeypatch)
+    assert gpu.current() == gpu.Gpu(0, "Some card", (9, 0), 132, 233_472)
+    assert played.made_current == "context of 0"
+    assert gpu.current().number == 2
+    assert played.made_current == "context of 0"
+    assert gpu.current().architecture == "sm_90a"
+    assert gpu.Gpu(0, "A100", (8, 0), 108, 167_936).architecture == "sm_80"
+
+
+@pytest.mark.parametrize(("function", "number"), [("cuInit", 100), ("cuDeviceGetCount", 0)])
+def test_no_gpu_is_no_error(monkeypatch, function, number):
+    driver = PlayedDriver((9, 0)).play(monkeypatch)
+    result = driver.CUresult
+    answers = {"cuInit": (result(number),), "cuDeviceGetCount": (result.CUDA_SUCCESS, number)}
+    monkeypatch.setattr(driver, function, lambda *_: answers[function])
+    found = backends.detect()
+    assert (found.kind, found.reason) == ("none", "there is no CUDA GPU, or no driver for it")
+
+
+@pytest.mark.parametrize(
+    ("package", "reason"),
+    [("numba", "Numba is not installed"), ("numba_cuda", "numba-cuda is not installed"),
+     ("cuda.bindings", "cannot be imported")],
+)  # fmt: skip
+def test_what_is_not_installed_is_named(monkeypatch, package, reason):
+    PlayedDriver((9, 0)).play(monkeypatch)
+    assert backends.detect().kind == "gpu"
+    monkeypatch.setitem(sys.modules, package, None)
+    found = backends.detect()
+    assert found.kind == "none"
+    assert reason in found.reason
+
+
 def test_a_broken_driver_ends_in_a_sentence(monkeypatch):
-    cuda = pytest.importorskip("numba.cuda", reason="Numba has no wheel here")
+    driver = PlayedDriver((9, 0)).play(monkeypatch)
+    monkeypatch.setattr(driver, "cuDeviceGetName", lambda *_: (driver.CUresult(999), None))
+    assert backends.detect().reason == (
+        "the CUDA driver does not work (cuDeviceGetName: CUDA_ERROR_UNKNOWN)"
+    )
 
-    def broken():
-        raise OSError("libcuda.so is a stub")
 
-    monkeypatch.setattr(cuda, "is_available", broken)
-    assert backends.detect().reason == "the CUDA driver does not work (libcuda.so is a stub)"
+def test_the_simulator_is_found_before_numba_is_loaded():
+    look = "import sys, cuda_kernels as c; print(c.detect().kind, 'numba' in sys.modules)"
+    for told, answer in (("0", "False"), ("1", "simulator True")):
+        done = subprocess.run(
+            [sys.executable, "-c", look], capture_output=True, text=True, check=True,
+            env={**os.environ, "NUMBA_ENABLE_CUDASIM": told},
+        )  # fmt: skip
+        assert done.stdout.strip().endswith(answer)
 
 
 def test_a_plan_refuses_before_it_compiles():
@@ -243,8 +326,9 @@ class OnCard(np.ndarray):
     """What the door sees of a CuPy array."""
 
     __module__ = "cupy"
-    device = SimpleNamespace(id=0)
-    data = property(lambda self: SimpleNamespace(ptr=self.ctypes.data))
+    card = 0
+    device = property(lambda self: SimpleNamespace(id=self.card))
+    data = property(lambda self: SimpleNamespace(ptr=self.ctypes.data, device_id=self.card))
 
 
 class Tensor:
@@ -285,6 +369,7 @@ def planned(monkeypatch):
     return made
 
 
+ARRAY = np.zeros((1, 64, 2, 64), np.float16)
 LIBRARIES = {"cupy": lambda x: x.view(OnCard), "torch": Tensor}
 by_library = pytest.mark.parametrize("library", LIBRARIES)
 
@@ -341,20 +426,50 @@ def test_what_is_not_plain_is_checked_each_time(planned, library):
             skip_softmax_attention(*tensors(library), threshold=float("nan"))
 
 
-@pytest.mark.parametrize(
-    "other",
-    [
-        np.zeros((1, 64, 2, 64), np.float16)[:, :60],
-        np.zeros((1, 64, 2, 72), np.float16)[..., :64],
-        np.zeros((1, 64, 2, 64), np.int16),
-        SimpleNamespace(
-            shape=(1, 64, 2, 64), strides=(16384, 256, 128, 2), dtype=np.dtype(np.float16), device=1
-        ),
-    ],
-    ids=["shape", "strides", "dtype", "device"],
-)
-def test_arrays_of_another_form_than_planned_are_refused(other):
-    planned_for = np.zeros((1, 64, 2, 64), np.float16)
-    check_form("k", planned_for.copy(), form_of(planned_for), False)
-    with pytest.raises(ValueError, match=r"k must be as planned, \[1, 64, 2, 64\] with strides"):
-        check_form("k", other, form_of(planned_for), False)
+OTHERS = {
+    "shape": {"array": ARRAY[:, :60]},
+    "strides": {"array": np.zeros((1, 64, 2, 72), np.float16)[..., :64]},
+    "dtype": {"array": np.zeros((1, 64, 2, 64), np.int16)},
+    "device": {"card": 1},
+}
+
+
+def made(library, array=ARRAY, card=0):
+    """Give an array that says it is on a GPU."""
+    x = LIBRARIES[library](array)
+    if library == "torch":
+        x.dtype, x.device = f"torch.{array.dtype}", f"cuda:{card}"
+    else:
+        x.card = card
+    return x
+
+
+@by_library
+@pytest.mark.parametrize("which", range(5))
+def test_arrays_of_another_form_than_planned_are_refused(library, which):
+    names = ("q", "k", "v", "out", "lens")
+    alike = [made(library, np.zeros_like(ARRAY)) for _ in names]
+    forms = Forms(dict(zip(names, alike, strict=True)))
+    calls = [made(library, np.zeros_like(ARRAY)) for _ in names]
+    assert forms.addresses(*calls) == [layout(x)[1] for x in calls]
+    planned = {other: r"\[1, 64, 2, 64\] with strides \[" for other in OTHERS} | {"library": "of"}
+    for change, sentence in planned.items():
+        other = ARRAY if change == "library" else made(library, **OTHERS[change])
+        with pytest.raises(ValueError, match=f"^{names[which]} must be as planned, {sentence}"):
+            forms.addresses(*calls[:which], other, *calls[which + 1 :])
+
+
+@by_library
+@pytest.mark.parametrize("which", range(5))
+def test_arrays_that_kernels_copy_in_chunks_start_at_16_bytes(library, which):
+    names = ("q", "k", "v", "out", "lens")
+    calls = [made(library, np.zeros_like(ARRAY)) for _ in names]
+    forms = Forms(dict(zip(names, calls, strict=True)))
+    room = np.zeros(ARRAY.size + 16, np.float16)
+    start = (-room.ctypes.data % 16) // 2 + 1
+    calls[which] = made(library, room[start : start + ARRAY.size].reshape(ARRAY.shape))
+    if which == 4:
+        assert forms.addresses(*calls)[4] % 16 == 2
+        return
+    with pytest.raises(ValueError, match=f"^{names[which]} must start at a multiple of 16 bytes"):
+        forms.addresses(*calls)

@@ -10,7 +10,8 @@ import pytest
 from decode_cases import CASES, DecodeCase, random_case, run
 
 from cuda_kernels import arrays, detect, skip_softmax_decode, skip_softmax_decode_plan
-from cuda_kernels.decode_mma import SIGNATURE, choose_stages, shared_bytes
+from cuda_kernels.blocks.decode_mma import choose_stages, shared_bytes
+from cuda_kernels.decode_mma import SIGNATURE
 from cuda_kernels.decode_plan import H200, choose_splits
 from cuda_kernels.emulator import emulate
 from cuda_kernels.remembered import Remembered
@@ -249,20 +250,18 @@ class ImitatedLauncher:
 
 @pytest.fixture
 def imitated_gpu(monkeypatch):
-    cuda = pytest.importorskip("numba.cuda", reason="Numba has no wheel here")
-    monkeypatch.setattr(cuda, "get_current_device", lambda: SimpleNamespace(id=0))
-    monkeypatch.setattr("cuda_kernels.launch.load", lambda kernel, *_: kernel)
+    monkeypatch.setattr("cuda_kernels.gpu.current", lambda: None)
+    monkeypatch.setattr("cuda_kernels.launch.load", lambda kernel, *_: kernel.make())
     monkeypatch.setattr("cuda_kernels.launch.Launcher", ImitatedLauncher)
     monkeypatch.setattr("cuda_kernels.decode._check_gpu", lambda q: None)
     monkeypatch.setattr("cuda_kernels.decode._gpu", lambda: H200)
-    monkeypatch.setattr(arrays, "address", lambda x: arrays.layout(x)[1])
 
 
 class OnCard(np.ndarray):
     """What the door sees of a CuPy array."""
 
     __module__ = "cupy"
-    device = SimpleNamespace(id=0)
+    data = SimpleNamespace(device_id=0)
 
 
 def test_plans_are_remembered_for_each_stream_and_the_oldest_call_goes(monkeypatch):

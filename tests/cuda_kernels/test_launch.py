@@ -1,13 +1,17 @@
 """Loading and launching, with the driver played: what it is given is what the kernel takes."""
 
 import ctypes
+import os
 import re
-from collections import namedtuple
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 
-from cuda_kernels import detect, gemm, gemm_wgmma, launch
+from cuda_kernels import detect, gemm, gemm_wgmma, launch, prefill_mma
+from cuda_kernels.gpu import Gpu
+from cuda_kernels.kernel import Kernel
 from cuda_kernels.launch import Launcher, why_not_assemble
 from cuda_kernels.ptx import compiler
 from cuda_kernels.ptx.language import BF16, TensorMap, cuda
@@ -15,12 +19,13 @@ from cuda_kernels.ptx.language import BF16, TensorMap, cuda
 driver = pytest.importorskip("cuda.bindings.driver", reason="numba-cuda is not installed")
 RESULT = driver.CUresult
 needs_assembler = pytest.mark.skipif(bool(why_not_assemble()), reason=str(why_not_assemble()))
+CARD = Gpu(3, "Card", (9, 0), 132, 233_472)
 MATRICES = "void(uint16[:,:], uint16[:,:], float32[:,::1])"
 
 
 @pytest.fixture
 def played(monkeypatch):
-    """A driver that notes what it is asked, and a Hopper GPU."""
+    """A driver that notes what it is asked."""
     asked = {}
 
     def play(name, *answer):
@@ -36,8 +41,6 @@ def played(monkeypatch):
     play("cuLaunchKernel")
     play("cuTensorMapEncodeTiled", driver.CUtensorMap())
     play("cuTensorMapReplaceAddress")
-    card = namedtuple("Card", "compute_capability")((9, 0))
-    monkeypatch.setattr("numba.cuda.get_current_device", lambda: card)
     built = launch.Build("entry", b"machine code", "")
     monkeypatch.setattr(launch, "build", lambda *what: asked.update(build=what) or built)
     launch.load.cache_clear()
@@ -47,13 +50,13 @@ def played(monkeypatch):
 
 def test_load(played):
     kernel = gemm.make_kernel(BF16, 1)
-    assert launch.load(kernel, MATRICES, 70_000, 0) == 0x1234
+    assert launch.load(kernel, MATRICES, 70_000, CARD) == 0x1234
     assert played["build"] == (kernel, MATRICES, "sm_90a")
     assert played["cuLibraryLoadData"][0] == b"machine code"
     assert played["cuLibraryGetKernel"][1] == b"entry"
     attribute, size, function, device = played["cuKernelSetAttribute"]
     assert attribute.name == "CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES"
-    assert (size, int(function), device) == (70_000, 0x1234, 0)
+    assert (size, int(function), device) == (70_000, 0x1234, 3)
 
 
 @pytest.mark.parametrize(
@@ -67,7 +70,7 @@ def test_what_the_driver_refuses_is_a_sentence(played, monkeypatch, function, an
     refused = (RESULT.CUDA_ERROR_INVALID_IMAGE, *answer)
     monkeypatch.setattr(driver, function, lambda *_: refused)
     with pytest.raises(RuntimeError, match=sentence):
-        launch.load(gemm.make_kernel(BF16, 1), MATRICES, 70_000, 0)
+        launch.load(gemm.make_kernel(BF16, 1), MATRICES, 70_000, CARD)
 
 
 def read(played):
@@ -80,8 +83,10 @@ def read(played):
 def test_a_launch_changes_stream_and_addresses_only(played):
     array = ((3, 5), (24, 4), 4)
     launcher = Launcher(7, (2, 3, 4), 128, 512, array, ctypes.c_float(1.5), array)
-    for stream, addresses in ((0, (16, 32)), (9, (48, 64))):
-        launcher(stream, *addresses)
+    for stream, given, addresses in (
+        (0, (16, 32), (16, 32)), (9, (48, 64), (48, 64)), (9, (80,), (80, 64))
+    ):  # fmt: skip
+        launcher(stream, *given)
         function, *where = played["cuLaunchKernel"][:9]
         assert (int(function), where) == (7, [2, 3, 4, 128, 1, 1, 512, stream])
         pointers = (ctypes.c_void_p * 19).from_address(read(played))
@@ -146,6 +151,43 @@ def test_options_of_a_kernel_name_its_build():
                {"lineinfo": True}, {"opt": False})  # fmt: skip
     names = {launch.kept_as(cuda.jit(function, **some), MATRICES, "sm_80") for some in choices}
     assert len(names) == len(choices)
+    assert None not in names
+
+
+def test_a_kept_build_loads_no_compiler(tmp_path):
+    script = """
+import sys
+from cuda_kernels import disk_cache, launch
+from cuda_kernels.kernel import Kernel
+kernel = Kernel("cuda_kernels.prefill_mma", (64, 64, 0, True, False))
+content = b'{"entry": "mma", "log": ""}' + b"\\nmachine code"
+disk_cache.write("cubins", launch.kept_as(kernel, None, "sm_90a"), content)
+made = launch.build(kernel, None, "sm_90a")
+print(made.entry, made.cubin, "numba" in sys.modules)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=True,
+        env={**os.environ, "SKIP_SOFTMAX_CACHE_DIR": str(tmp_path)},
+    )  # fmt: skip
+    assert done.stdout.strip() == "mma b'machine code' False"
+
+
+def test_a_named_kernel_is_made_to_be_compiled(monkeypatch, tmp_path):
+    monkeypatch.setenv("SKIP_SOFTMAX_CACHE_DIR", str(tmp_path))
+    kernel, asked = Kernel("cuda_kernels.prefill_mma", (64, 64, 0, True, False)), []
+    built = launch.Build("mma", b"machine code", "")
+    monkeypatch.setattr(launch, "_compile", lambda *what: asked.append(what) or built)
+    for _ in range(2):
+        assert launch.build(kernel, None, "sm_90a") == built
+    made = prefill_mma.make_kernel(*kernel.arguments)
+    assert asked == [(made, prefill_mma.SIGNATURE, "sm_90a")]
+    others = (
+        Kernel("cuda_kernels.prefill_mma", (64, 64, 0, False, False)),
+        Kernel("cuda_kernels.prefill_wgmma", kernel.arguments),
+    )
+    names = {launch.kept_as(one, None, "sm_90a") for one in (kernel, *others)}
+    names.add(launch.kept_as(kernel, None, "sm_80"))
+    assert len(names) == 4
     assert None not in names
 
 

@@ -7,11 +7,13 @@ from cases import Case
 from run_cases import run
 
 from cuda_kernels import backends, prefill_wgmma
+from cuda_kernels.blocks.grid import KEYS, ROWS
+from cuda_kernels.blocks.prefill_wgmma import blocks
 from cuda_kernels.emulator import emulate
 from cuda_kernels.launch import _run, build, why_not_assemble
-from cuda_kernels.prefill_wgmma import blocks, first_row_of
+from cuda_kernels.prefill_wgmma import first_row_of
 from cuda_kernels.ptx.language import cuda
-from cuda_kernels.tiles import KEYS, ROWS, columns_seen
+from cuda_kernels.tiles import columns_seen
 from sim.geometry import Grid
 
 GRID = {"tile": (ROWS, KEYS), "d": 64, "dv": 64}

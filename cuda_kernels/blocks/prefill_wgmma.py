@@ -1,0 +1,22 @@
+"""A block of :mod:`cuda_kernels.prefill_wgmma`."""
+
+from cuda_kernels.blocks.grid import KEYS, ROWS
+
+THREADS = 384
+BOX = 128 * 128  # bytes of a copy: 128 rows of Q, K or V × 64 columns
+Q_BOX, K_BOX, V_BOX, OUT_BOX = (1, 128, 1, 64), (1, KEYS, 1, 64), (1, KEYS, 1, 64), (1, ROWS, 1, 64)
+
+
+def stages(head_dim: int) -> int:
+    """Tiles of K, and of V, that are in shared memory at a time: a power of two."""
+    return 4 if head_dim == 64 else 2
+
+
+def shared_bytes(head_dim: int, v_head_dim: int) -> int:
+    """Dynamic shared memory of a block: Q, K, V, and barriers and marks."""
+    return BOX * (head_dim // 64 + stages(head_dim) * (head_dim + v_head_dim) // 64) + 256
+
+
+def blocks(groups: int, causal: bool) -> int:
+    """Blocks of the grid along the rows of the longest request."""
+    return (groups + 1 + int(causal)) // 2
