@@ -16,6 +16,7 @@ from cuda_kernels.decode_plan import (
     MAX_SPLITS,
     DecodePlan,
     DecodeSettings,
+    blocks_at_a_time,
     choose_splits,
     emulated,
 )
@@ -84,8 +85,8 @@ def skip_softmax_decode(
     order : {"ascending", "descending", "ends_first"}
         Visit order within each split.
     splits : int, optional
-        Blocks that share the cache of one vote group, 1 to 128; default: as many as give
-        all multiprocessors of this GPU (with ``emulate``, an H200) about as much to do.
+        Blocks that share the cache of one vote group, 1 to 128; default: as many as fill this GPU
+        (with ``emulate``, an H200).
     split_layout : {"interleaved", "contiguous"}
         Tile j goes to split j % splits, or each split gets a run of tiles, as even as possible.
     seeded : bool
@@ -313,12 +314,14 @@ def _prepare(
     longest = capacity if lengths is None else int(lengths.max())
     shape = (batch, tokens, heads, kv_heads, head_dim, capacity, page if paged else None, layout)
     multiprocessors, shared = H200 if emulate else _gpu()
+    stages = choose_stages(head_dim, keys, shared)
     settings = DecodeSettings(
-        *shape, keys, order, split_layout, 1, choose_stages(head_dim, keys, shared), bool(seeded),
-        factor is not None, bool(gap), skips, check_scale(scale, head_dim),
+        *shape, keys, order, split_layout, 1, stages, bool(seeded), factor is not None, bool(gap),
+        skips, check_scale(scale, head_dim),
     )  # fmt: skip
     if splits is None:
-        splits = choose_splits(settings.groups, -(-longest // keys), multiprocessors)
+        slots = blocks_at_a_time(head_dim, keys, stages, multiprocessors, shared)
+        splits = choose_splits(settings.groups, -(-longest // keys), slots)
     elif isinstance(splits, bool) or not isinstance(splits, (int, np.integer)):
         raise ValueError(f"splits must be an integer, got {splits!r}")
     elif not 1 <= splits <= MAX_SPLITS:

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cuda_kernels import arrays, gpu
-from cuda_kernels.blocks.decode_mma import ROWS, THREADS, WHOLE, shared_bytes
+from cuda_kernels.blocks.decode_mma import BLOCKS, RESERVED, ROWS, THREADS, WHOLE, shared_bytes
 from cuda_kernels.forms import Forms
 from cuda_kernels.kernel import Kernel
 from cuda_kernels.plan import abi_of
@@ -22,7 +22,6 @@ if TYPE_CHECKING:
 
 MAX_SPLITS = 128
 FEWEST_TILES = 4  # of a split that is worth its merge
-OVERHEAD = 4  # tiles that a block could copy while it begins, ends and waits for the merge
 H200 = 132, 233_472  # multiprocessors, and bytes of shared memory of each
 _NAMES = ("q", "k", "v", "out", "page_table", "seq_lens", "threshold")
 
@@ -104,7 +103,7 @@ class DecodeSettings:
         return self.groups * (self.splits * self.partial + 1) if self.splits > 1 else 0
 
 
-def choose_splits(groups: int, tiles: int, multiprocessors: int) -> int:
+def choose_splits(groups: int, tiles: int, slots: int) -> int:
     """Say how many blocks share the cache of one vote group.
 
     Parameters
@@ -113,30 +112,34 @@ def choose_splits(groups: int, tiles: int, multiprocessors: int) -> int:
         Vote groups: blocks that there are with one split.
     tiles : int
         Key tiles of the longest request.
-    multiprocessors : int
+    slots : int
+        Blocks that the GPU runs at a time.
 
     Returns
     -------
     int
-        That with which the busiest multiprocessor is done first, if every block takes as long as
-        its tiles and ``OVERHEAD`` more.  A split has at least ``FEWEST_TILES`` tiles.
+        As many as fill the slots: slots // groups.  A split has at least ``FEWEST_TILES`` tiles.
 
     Notes
     -----
-    One block has enough copies under way for the bandwidth of its multiprocessor, so what counts is
-    that all of these have about as much to do.  Where groups are few, that is one block for each:
-    multiprocessors // groups splits.
+    Measured on an H200, which has 264 slots, with 8, 64 and 256 vote groups
+    (``cuda_kernels/results/log.md``).  With more groups than slots there is one split; that has not
+    been measured.
 
     Examples
     --------
-    >>> choose_splits(8, 1024, 132), choose_splits(256, 256, 132), choose_splits(100, 256, 132)
-    (16, 1, 5)
+    >>> choose_splits(8, 1024, 264), choose_splits(64, 256, 264), choose_splits(256, 256, 264)
+    (33, 4, 1)
     """
+    return max(min(slots // groups, tiles // FEWEST_TILES, MAX_SPLITS), 1)
 
-    def time(splits: int) -> int:
-        return ceil(groups * splits / multiprocessors) * (ceil(tiles / splits) + OVERHEAD)
 
-    return min(range(1, min(max(tiles // FEWEST_TILES, 1), MAX_SPLITS) + 1), key=time)
+def blocks_at_a_time(
+    head_dim: int, keys: int, stages: int, multiprocessors: int, shared: int
+) -> int:
+    """Blocks that a GPU runs at a time, of so many multiprocessors with that much shared memory."""
+    each = shared_bytes(head_dim, keys, stages) + RESERVED
+    return multiprocessors * min(max(shared // each, 1), BLOCKS)
 
 
 @dataclass(frozen=True, repr=False, eq=False)
