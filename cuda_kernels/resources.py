@@ -144,7 +144,7 @@ def _decode(
     words = _words(head_dim, head_dim, dtype, skip, gap)
     for stages, alike in by_stages.items():
         yield Configuration(
-            name=f"decode_mma {keys} keys, {stages} stages, {words}",
+            name=f"decode_mma {keys} keys, {stages} stage{'s' * (stages > 1)}, {words}",
             factory="cuda_kernels.decode_mma:make_kernel",
             arguments=(head_dim, keys, ("f16", "bf16").index(dtype), skip, gap, stages),
             signature=SIGNATURE,
