@@ -9,7 +9,7 @@ from numpy.typing import ArrayLike
 
 from cuda_kernels import arrays, gpu
 from cuda_kernels.backends import TENSOR_CORES, detect
-from cuda_kernels.blocks.decode_mma import ROWS
+from cuda_kernels.blocks.decode_mma import ROWS, choose_stages
 from cuda_kernels.checks import check_alike, check_heads, check_out
 from cuda_kernels.decode_plan import (
     H200,
@@ -313,15 +313,15 @@ def _prepare(
     lam, skips = _thresholds(threshold, factor, q, (batch, kv_heads), check)
     longest = capacity if lengths is None else int(lengths.max())
     shape = (batch, tokens, heads, kv_heads, head_dim, capacity, page if paged else None, layout)
+    multiprocessors, shared = H200 if emulate else _gpu()
+    stages = choose_stages(head_dim, keys, shared)
     settings = DecodeSettings(
-        *shape, keys, order, split_layout, 1, bool(seeded), factor is not None, bool(gap), skips,
-        check_scale(scale, head_dim),
+        *shape, keys, order, split_layout, 1, stages, bool(seeded), factor is not None, bool(gap),
+        skips, check_scale(scale, head_dim),
     )  # fmt: skip
     if splits is None:
-        on = H200 if emulate else _gpu()
-        splits = choose_splits(
-            settings.groups, -(-longest // keys), blocks_at_a_time(head_dim, keys, *on)
-        )
+        slots = blocks_at_a_time(head_dim, keys, stages, multiprocessors, shared)
+        splits = choose_splits(settings.groups, -(-longest // keys), slots)
     elif isinstance(splits, bool) or not isinstance(splits, (int, np.integer)):
         raise ValueError(f"splits must be an integer, got {splits!r}")
     elif not 1 <= splits <= MAX_SPLITS:

@@ -22,21 +22,19 @@ As maxima are shared, sums and output of the four warps simply add up at the end
 V is asked for as soon as its tile is kept and used ``stages`` steps later, by when the wait for K
 has covered it: nobody ever waits for V as such, and up to ``stages`` tiles of each are under way.
 P lies in shared memory meanwhile, each thread's own registers in a slot of its own, and with it
-what the output is to be multiplied with first.  48 to 64 KB are asked for per block, and two or
-three blocks share a multiprocessor of Hopper.
+what the output is to be multiplied with first.  The sketch has two stages; there are as many as let
+two blocks share a multiprocessor, or else two with one block, if they fit (``choose_stages``).
 
 A seeded split first multiplies the K of tile 0 and of the newest tile, for their row maxima alone.
 The blocks of one vote group leave l, u and acc, all relative to their own m; whichever comes last
 (it counts) merges them in the order of the splits, so that the result does not depend on who that
-was.  A merging kernel of its own would read partial results with more threads, but is one launch
-more for every layer; what ``skip-softmax bench decode`` says of batch 1, where splits are most, is
-to decide it.
+was.  Everyone waits for it, so its loads of up to 16 splits are all under way at once.
 """
 
 import math
 from functools import cache
 
-from cuda_kernels.blocks.decode_mma import BLOCKS, MAXIMA, ROWS, SLOT, THREADS, WARPS, stages
+from cuda_kernels.blocks.decode_mma import BLOCKS, MAXIMA, ROWS, SLOT, THREADS, WARPS
 from cuda_kernels.fragments import (
     chunk_at,
     exp2_rows,
@@ -87,7 +85,7 @@ from cuda_kernels.ptx.language import (
 from cuda_kernels.tiles import BOUND_SAFETY, DESCENDING, ENDS_FIRST, LOG2_E
 
 STATISTICS = 4 * ROWS  # float32 that stand behind a partial result's output: m, l, u of each row
-TOGETHER = 8  # splits that the merge reads at a time
+TOGETHER = 16  # splits that the merge reads at a time
 SIGNATURE = (  # caches of any strides: one build serves them all
     "void(int16[:,:,:,:], int16[:,:,:,:], int16[:,:,:,:], int16[:,:,:,:], int32[:,:], int32[:], "
     "float32[:,:], float32[:,:,::1], int32[::1], float32[:,:,::1], float32[:,:,::1], "
@@ -175,8 +173,44 @@ def total(x):
     return f32(f32(x[0] + x[1]) + f32(x[2] + x[3]))
 
 
+@fragment
+def merge_rows(acc, m, l, u, half, output, statistics, stride, splits, part, of, scale, n, couples):
+    """Merge what the splits have left of the upper (half 0) or lower (1) rows.
+
+    ``output`` and ``statistics`` are where split 0 left this thread's numbers of them; those of the
+    next one lie ``stride`` bytes on.  ``part`` and ``of`` have room for ``n`` splits, which are all
+    asked for before the first is used.  A split that has seen nothing weighs 2**−∞ = 0.
+    """
+    for i in range(0, splits, n):
+        for z in range(n):
+            there = u64(u64(min(i32(i + z), i32(splits - 1))) * stride)
+            ld_global_128(of[z], u64(statistics + there))
+            for c in range(couples):
+                ld_global_128(part[z, c], u64(output + there + u64(512 * c)))
+        highest = m[half]
+        for z in range(n):
+            highest = fmax(highest, bits_float(of[z, 0]))
+        zero = highest if highest > f32(-math.inf) else f32(0.0)
+        before = ex2(f32((m[half] - zero) * scale))
+        m[half] = highest
+        l[half], u[half] = f32(l[half] * before), f32(u[half] * before)
+        for c in range(2 * couples):
+            for w in range(2):
+                acc[c, 2 * half + w] *= before
+        for z in range(n):
+            weight = ex2(f32((bits_float(of[z, 0]) - zero) * scale))
+            if i32(i + z) >= splits:
+                weight = f32(0.0)
+            l[half] = f32(l[half] + weight * bits_float(of[z, 1]))
+            u[half] = f32(u[half] + weight * bits_float(of[z, 2]))
+            for c in range(2 * couples):
+                for w in range(2):
+                    x = bits_float(part[z, c // 2, 2 * (c % 2) + w])
+                    acc[c, 2 * half + w] = f32(acc[c, 2 * half + w] + weight * x)
+
+
 @cache
-def make_kernel(head_dim, keys, dtype, skip, with_gap):
+def make_kernel(head_dim, keys, dtype, skip, with_gap, stages):
     """Build the kernel for one head size and tile, F16 or BF16, with or without the skip test.
 
     ``skip=False`` is the dense kernel; ``with_gap`` also writes the gap of every tile.  Launch with
@@ -186,14 +220,14 @@ def make_kernel(head_dim, keys, dtype, skip, with_gap):
     own = keys // WARPS  # keys of a tile that a warp has
     depths, blocks, v_blocks, pairs = head_dim // 16, own // 8, head_dim // 8, own // 16
     mine, couples = v_blocks // WARPS, v_blocks // WARPS // 2  # blocks that a warp finishes; pairs
-    ahead = stages(head_dim, keys)
+    ahead = stages
     pending = ahead - 1  # younger copies, when those of a step must be there
     tile_bytes = 2 * keys * head_dim
     slot_bytes = SLOT * (1 + pairs)
     half_output = ROWS // 2 * head_dim  # float32 of a partial result's output, 8 rows
     minus_infinity = -math.inf
 
-    @cuda.jit(launch_bounds=(THREADS, 2 if with_gap else BLOCKS))  # gaps need a few registers more
+    @cuda.jit(launch_bounds=(THREADS, BLOCKS))
     def skip_softmax_decode_mma(
         q,  # [B, Lq, Hq, D], 16 bits
         k, v,  # [pages, page, Hkv, D]; or [B, L, Hkv, D]: one page for each request
@@ -476,41 +510,25 @@ def make_kernel(head_dim, keys, dtype, skip, with_gap):
             fence_gpu()
             if thread == 0:
                 counters[vote_group] = 0
-            for i in range(i32(thread), i32(splits * ROWS), THREADS):  # [splits, 16 rows] m, l, u
-                from_row = (vote_group, i >> 4, 2 * half_output + 4 * (i & 15))
-                ld_global_128(slot, global_address(partials, from_row))
-                st_shared_128(u32(base + u32(i) * 16), slot)
-            cuda.syncthreads()
             part = cuda.local.array((TOGETHER, couples, 4), u32)
+            of = cuda.local.array((TOGETHER, 4), u32)
             fill(acc, mine, 0.0)
             for half in range(2):
-                at_row = u32(base + (row + 8 * half) * 16)
                 m[half], l[half], u[half] = f32(minus_infinity), f32(0.0), f32(0.0)
-                for i in range(splits):
-                    ld_shared_4f(x, u32(at_row + u32(i) * 256))
-                    m[half] = fmax(m[half], x[0])
-                if i32(8 * half) < rows:
-                    for i in range(0, splits, TOGETHER):
-                        for z in range(TOGETHER):
-                            from_split = i32(min(i32(i + z), i32(splits - 1)))
-                            for c in range(couples):
-                                at_output = i32(mine_at + half * half_output + 128 * c)
-                                from_output = (vote_group, from_split, at_output)
-                                ld_global_128(part[z, c], global_address(partials, from_output))
-                        for z in range(TOGETHER):
-                            if i32(i + z) < splits:
-                                ld_shared_4f(x, u32(at_row + u32(i + z) * 256))
-                                weight = f32(0.0)
-                                if x[0] > minus_infinity:
-                                    weight = ex2(f32((x[0] - m[half]) * scale_log2))
-                                l[half] = f32(l[half] + weight * x[1])
-                                u[half] = f32(u[half] + weight * x[2])
-                                for c in range(mine):
-                                    for w in range(2):
-                                        mine_of = bits_float(part[z, c // 2, 2 * (c % 2) + w])
-                                        acc[c, 2 * half + w] = f32(
-                                            acc[c, 2 * half + w] + weight * mine_of
-                                        )
+            output = global_address(partials, (vote_group, 0, mine_at))
+            statistics = (vote_group, 0, i32(2 * half_output + i32(4 * row)))
+            statistics = global_address(partials, statistics)
+            stride = u64(partials.strides[1])
+            merge_rows(
+                acc, m, l, u, 0, output, statistics, stride, splits, part, of, scale_log2,
+                TOGETHER, couples,
+            )  # fmt: skip
+            if rows > 8:
+                output, statistics = u64(output + u64(4 * half_output)), u64(statistics + u64(128))
+                merge_rows(
+                    acc, m, l, u, 1, output, statistics, stride, splits, part, of, scale_log2,
+                    TOGETHER, couples,
+                )  # fmt: skip
 
         # --- out
         for half in range(2):

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cuda_kernels import arrays, gpu
-from cuda_kernels.blocks.decode_mma import BLOCKS, ROWS, THREADS, WHOLE, shared_bytes
+from cuda_kernels.blocks.decode_mma import BLOCKS, RESERVED, ROWS, THREADS, WHOLE, shared_bytes
 from cuda_kernels.forms import Forms
 from cuda_kernels.kernel import Kernel
 from cuda_kernels.plan import abi_of
@@ -41,6 +41,8 @@ class DecodeSettings:
         Keys of a tile.
     layout, order, split_layout : str
     splits : int
+    stages : int
+        Tiles of K, and of V, that a block has under way.
     seeded, by_length, gap, skips : bool
         ``by_length``: λ is what is given, divided by the keys of the request.
     scale : float
@@ -58,6 +60,7 @@ class DecodeSettings:
     order: str
     split_layout: str
     splits: int
+    stages: int
     seeded: bool
     by_length: bool
     gap: bool
@@ -115,27 +118,27 @@ def choose_splits(groups: int, tiles: int, slots: int) -> int:
     Returns
     -------
     int
-        The fewest with which the last wave of blocks leaves little idle: at most a tenth more than
-        the best number would.  A split has at least four tiles.
+        As many as fill the slots: slots // groups.  A split has at least ``FEWEST_TILES`` tiles.
+
+    Notes
+    -----
+    Measured on an H200, which has 264 slots, with 8, 64 and 256 vote groups
+    (``cuda_kernels/results/log.md``).  With more groups than slots there is one split; that has not
+    been measured.
 
     Examples
     --------
-    >>> choose_splits(8, 1024, 396), choose_splits(256, 256, 396), choose_splits(8, 5, 396)
-    (45, 3, 1)
+    >>> choose_splits(8, 1024, 264), choose_splits(64, 256, 264), choose_splits(256, 256, 264)
+    (33, 4, 1)
     """
-
-    def used(splits: int) -> float:
-        waves = groups * splits / slots
-        return waves / ceil(waves)
-
-    possible = range(1, min(max(tiles // FEWEST_TILES, 1), MAX_SPLITS) + 1)
-    best = max(map(used, possible))
-    return next(splits for splits in possible if used(splits) >= 0.9 * best)
+    return max(min(slots // groups, tiles // FEWEST_TILES, MAX_SPLITS), 1)
 
 
-def blocks_at_a_time(head_dim: int, keys: int, multiprocessors: int, shared: int) -> int:
+def blocks_at_a_time(
+    head_dim: int, keys: int, stages: int, multiprocessors: int, shared: int
+) -> int:
     """Blocks that a GPU runs at a time, of so many multiprocessors with that much shared memory."""
-    each = shared_bytes(head_dim, keys) + 1024  # the system takes 1 KB of each block's
+    each = shared_bytes(head_dim, keys, stages) + RESERVED
     return multiprocessors * min(max(shared // each, 1), BLOCKS)
 
 
@@ -381,9 +384,9 @@ def make_report(tensors: dict[str, Any], settings: DecodeSettings, backend: str)
 def _kernel(q: Any, settings: DecodeSettings) -> tuple[Kernel, int]:
     """Name the kernel for these arguments: dense where nothing can be skipped."""
     dtype = {"float16": 0, "bfloat16": 1}[arrays.dtype_name(q)]
-    size = settings.head_dim, settings.keys
-    arguments = (*size, dtype, settings.skips, settings.gap)
-    return Kernel("cuda_kernels.decode_mma", arguments), shared_bytes(*size)
+    size, stages = (settings.head_dim, settings.keys), settings.stages
+    arguments = (*size, dtype, settings.skips, settings.gap, stages)
+    return Kernel("cuda_kernels.decode_mma", arguments), shared_bytes(*size, stages)
 
 
 def _grid(settings: DecodeSettings) -> tuple[int, int, int]:

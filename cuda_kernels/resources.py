@@ -69,6 +69,16 @@ class Configuration:
         return found
 
 
+SHARED = {
+    "sm_80": 164 << 10,
+    "sm_86": 100 << 10,
+    "sm_89": 100 << 10,
+    "sm_90a": 228 << 10,
+    "sm_100a": 228 << 10,
+    "sm_120a": 100 << 10,
+}
+"""Bytes of shared memory of a multiprocessor (CUDA C++ Programming Guide, compute capabilities)."""
+
 _ROWS, _VALUES = "float32[:,:,:,::1]", "float32[:,:,::1]"
 
 
@@ -124,20 +134,24 @@ def _wgmma(
 
 def _decode(
     head_dim: int, keys: int, dtype: str, skip: bool, gap: bool, architectures: tuple[str, ...]
-) -> Configuration:
-    from cuda_kernels.blocks.decode_mma import shared_bytes
+) -> Iterator[Configuration]:
+    from cuda_kernels.blocks.decode_mma import choose_stages, shared_bytes
     from cuda_kernels.decode_mma import SIGNATURE
 
-    return Configuration(
-        name=f"decode_mma {keys} keys, {_words(head_dim, head_dim, dtype, skip, gap)}",
-        factory="cuda_kernels.decode_mma:make_kernel",
-        arguments=(head_dim, keys, ("f16", "bf16").index(dtype), skip, gap),
-        signature=SIGNATURE,
-        shared_bytes=shared_bytes(head_dim, keys),
-        max_registers=255 if gap else 168,  # 168 for three blocks per SM
-        opcodes=("HMMA", "LDSM", "LDGSTS", "MUFU.EX2") + ("VOTE",) * skip,
-        architectures=architectures,
-    )
+    by_stages: dict[int, list[str]] = defaultdict(list)
+    for arch in architectures:
+        by_stages[choose_stages(head_dim, keys, SHARED[arch])].append(arch)
+    words = _words(head_dim, head_dim, dtype, skip, gap)
+    for stages, alike in by_stages.items():
+        yield Configuration(
+            name=f"decode_mma {keys} keys, {stages} stage{'s' * (stages > 1)}, {words}",
+            factory="cuda_kernels.decode_mma:make_kernel",
+            arguments=(head_dim, keys, ("f16", "bf16").index(dtype), skip, gap, stages),
+            signature=SIGNATURE,
+            shared_bytes=shared_bytes(head_dim, keys, stages),
+            opcodes=("HMMA", "LDSM", "LDGSTS", "MUFU.EX2") + ("VOTE",) * skip,
+            architectures=tuple(alike),
+        )
 
 
 CONFIGURATIONS: tuple[Configuration, ...] = (
@@ -153,7 +167,7 @@ CONFIGURATIONS: tuple[Configuration, ...] = (
     ),
     # decode's default tile for every architecture; of the rest what differs
     *(
-        _decode(*build)
+        configuration
         for build in (
             (128, 64, "bf16", True, False, ARCHITECTURES),
             (128, 128, "bf16", True, False, ("sm_90a", "sm_120a")),
@@ -163,6 +177,7 @@ CONFIGURATIONS: tuple[Configuration, ...] = (
             (64, 64, "bf16", True, False, ("sm_90a",)),
             (64, 128, "bf16", True, False, ("sm_90a",)),
         )
+        for configuration in _decode(*build)
     ),
     Configuration(
         name="bandwidth: reads and nothing else",

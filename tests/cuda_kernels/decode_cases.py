@@ -220,6 +220,7 @@ class VoteGroup:
 CASES = [  # small enough for the emulator
     DecodeCase("plain", lens=(200,)),
     DecodeCase("seeded splits", lens=(300,), group=16, splits=3, seeded=True),
+    DecodeCase("more splits than are merged at once", lens=(1100,), group=9, splits=17),
     DecodeCase("runs", lens=(260,), group=1, d=128, splits=2, split_layout="contiguous"),
     DecodeCase(
         "pages of 16, heads first", lens=(150, 20), tokens=2, group=3, page=16, layout="HND",

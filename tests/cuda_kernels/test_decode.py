@@ -10,8 +10,9 @@ import pytest
 from decode_cases import CASES, DecodeCase, random_case, run
 
 from cuda_kernels import arrays, detect, skip_softmax_decode, skip_softmax_decode_plan
+from cuda_kernels.blocks.decode_mma import choose_stages, shared_bytes
 from cuda_kernels.decode_mma import SIGNATURE
-from cuda_kernels.decode_plan import choose_splits
+from cuda_kernels.decode_plan import H200, blocks_at_a_time, choose_splits
 from cuda_kernels.emulator import emulate
 from cuda_kernels.remembered import Remembered
 
@@ -201,13 +202,28 @@ def test_nothing_falls_back_silently():
 
 @pytest.mark.parametrize(
     ("groups", "tiles", "splits"),
-    [(256, 256, 3), (64, 256, 6), (8, 1024, 45), (1, 1024, 116), (1, 40, 9), (5000, 1024, 1),
-     (397, 1024, 9), (8, 3, 1)],
+    [(256, 256, 1), (64, 256, 4), (8, 1024, 33), (264, 1024, 1), (5000, 1024, 1), (133, 256, 1),
+     (132, 256, 2), (1, 1024, 128), (1, 40, 10), (8, 3, 1)],
 )  # fmt: skip
 def test_splits_fill_the_gpu_and_have_tiles_enough(groups, tiles, splits):
-    assert choose_splits(groups, tiles, 396) == splits
-    waves = groups * splits / 396
-    assert waves / np.ceil(waves) >= 0.85 or tiles < 4 * 396 / groups
+    assert choose_splits(groups, tiles, 264) == splits
+    assert groups * splits <= 264 or splits == 1
+    assert tiles >= 4 * splits or splits == 1
+    more = splits + 1
+    assert groups * more > 264 or tiles < 4 * more or splits == 128
+
+
+@pytest.mark.parametrize(
+    ("shared", "stages", "blocks"),
+    [(228, 3, 2), (164, 2, 2), (100, 2, 1)],  # Hopper; A100; the other Amperes and Ada
+)  # fmt: skip
+def test_as_many_stages_as_let_two_blocks_share_a_multiprocessor(shared, stages, blocks):
+    assert choose_stages(128, 64, shared << 10) == stages
+    assert blocks_at_a_time(128, 64, stages, 132, shared << 10) == 132 * blocks
+    for head_dim, keys in ((64, 64), (64, 128), (128, 128)):
+        stages = choose_stages(head_dim, keys, shared << 10)
+        assert stages >= 1
+        assert shared_bytes(head_dim, keys, stages) <= (shared - 1) << 10
 
 
 class ImitatedLauncher:
@@ -239,6 +255,7 @@ def imitated_gpu(monkeypatch):
     monkeypatch.setattr("cuda_kernels.launch.load", lambda kernel, *_: kernel.make())
     monkeypatch.setattr("cuda_kernels.launch.Launcher", ImitatedLauncher)
     monkeypatch.setattr("cuda_kernels.decode._check_gpu", lambda q: None)
+    monkeypatch.setattr("cuda_kernels.decode._gpu", lambda: H200)
 
 
 class OnCard(np.ndarray):
@@ -299,6 +316,18 @@ def test_a_plan_hands_over_what_the_emulator_was_given(imitated_gpu):
         plan(q, k[1:], v)
     with pytest.raises(ValueError, match="seq_lens must be as planned"):
         plan(q, k, v, seq_lens=lens[:1])
+
+
+@pytest.mark.parametrize(
+    ("shared", "keys", "stages", "splits"), [(228, 64, 3, 4), (228, 128, 2, 2), (100, 64, 2, 2)]
+)
+def test_a_plan_has_the_stages_and_splits_of_the_gpu_it_is_for(
+    shared, keys, stages, splits, imitated_gpu, monkeypatch
+):
+    monkeypatch.setattr("cuda_kernels.decode._gpu", lambda: (132, shared << 10))
+    q, k = np.zeros((66, 1, 1, 128), np.float16), np.zeros((66, 2048, 1, 128), np.float16)
+    plan = skip_softmax_decode_plan(q, k, k, threshold=0.1, keys=keys)
+    assert (plan.settings.stages, plan.settings.splits) == (stages, splits)
 
 
 @pytest.mark.parametrize(
@@ -375,7 +404,7 @@ def test_a_thousand_random_cases_on_the_gpu(hundred, torch):
 
 @needs_gpu
 def test_a_plan_is_captured_and_reads_lengths_pages_and_threshold_as_they_are(torch):
-    case = DecodeCase("graph", lens=(500, 333), kv_heads=2, page=16, splits=4, seeded=True)
+    case = DecodeCase("graph", lens=(500, 433), kv_heads=2, page=16, splits=4, seeded=True)
     q, k, v = case.tensors()
     (k, table), (v, _) = case.cache(k, fill=0.0), case.cache(v, fill=0.0)
     give = on_gpu(torch, case)
