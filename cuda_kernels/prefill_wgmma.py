@@ -2,18 +2,23 @@
 
 A thread block is two neighbouring vote groups of one head.  Its first warpgroup copies: one warp
 K, another V, each as far ahead as its ring of stages lets it.  The other two warpgroups multiply,
-64 query rows each, and take turns, so that the exponentials of one run beside the products of the
-other; within a group the product with V lags one tile behind, beside this tile's exponentials:
+64 query rows each; while one works out exponentials, the tensor cores have the other's products.
+Within a group the product with V lags one tile behind, beside this tile's exponentials:
 
     K warp     K₀ ─► K₁ ─► K₂ ─► K₃ ─►                 as stages of K become empty
     V warp     V₀ ─► V₁ ─► V₂ ─►                       as stages of V become empty
-    group 0    QK₀     vote p₀ │ QK₁ p₀V₀  vote (skip) │ QK₂        vote p₂ │ QK₃ p₂V₂ …
-    group 1            QK₀     │ vote p₀     QK₁ p₀V₀  │ vote p₁    QK₂     │ p₁V₁ …
+    group 0    QK₀     vote p₀   QK₁ p₀V₀  vote (skip)   QK₂        vote p₂   QK₃ p₂V₂ …
+    group 1         QK₀     vote p₀   QK₁ p₀V₀  vote p₁     QK₂ p₁V₁     vote (skip)   …
 
-**The vote costs nothing where a tile is kept.**  A thread votes on the maxima of its own columns.
-A warp with a row that keeps the tile knows the verdict: it leaves a mark, arrives at the group's
-barrier and goes on.  Only warps that would skip wait there, and look for marks.  The next turn's
-barrier sees to it that no mark is overwritten before all have looked.
+**From one product to the next** a group does what it must and no more.  What can wait is done
+while the next Q·K runs: the verdict is written, a skipped tile's weight is bounded, and its stage
+of V let go.
+
+**A vote** is one barrier of the group's 128 threads, each with the maxima of its own columns.
+
+**Weights are relative to a maximum that lags behind**: it is raised only where a score exceeds it
+by a factor of 2⁸ in weight.  Until then nothing that was summed is to be scaled; weights up to 2⁸
+are as exact as others.  Votes are on the true running maximum.
 
 **Order is a matter of each vote group**, but the two share their copies of K and V.  So blocks
 begin where both groups end in the same key tile: under a causal mask that is every other group,
@@ -40,7 +45,7 @@ from cuda_kernels.fragments import (
 from cuda_kernels.ptx.language import (
     K_MAJOR,
     MN_MAJOR,
-    bar_arrive,
+    bar_red_and,
     bar_sync,
     cuda,
     ex2,
@@ -51,7 +56,6 @@ from cuda_kernels.ptx.language import (
     fragment,
     i32,
     k_major,
-    ld_shared_128,
     mark_tile,
     mbarrier_arrive,
     mbarrier_arrive_expect_tx,
@@ -93,7 +97,8 @@ from cuda_kernels.tiles import (
 )
 
 BLOCK_ROWS = 2 * ROWS
-TURN, VOTE, OUT = 1, 3, 5  # barriers of the block, + the number of the group
+VOTE, OUT = 1, 3  # barriers of the block, + the number of the group
+GROWTH = 8.0  # the maximum that weights are relative to lags behind by less, in powers of two
 SIGNATURE = (  # arrays of any strides: one build serves them all
     "void(tensor_map, tensor_map, tensor_map, tensor_map, int32[:,::1], float32[:,::1], "
     "float32[:,:,:], float32[:,:,:], uint8[:,:,:,::1], float32[:,:,:,::1], "
@@ -127,10 +132,23 @@ def tiles_of(row0, lq, lk, causal, window):
 
 
 @fragment
-def most(seen, tile_max, m, scale_log2):
-    """Bound the weight of ``seen`` scores, none above ``tile_max``, that go with the maximum m."""
-    weight = ex2(f32(f32(tile_max - m) * scale_log2))
+def most(seen, tile_max, top, scale_log2):
+    """Bound the weight of ``seen`` scores, none above ``tile_max``, relative to 2**top."""
+    weight = ex2(f32(tile_max * scale_log2 - top))
     return f32(seen * weight) if seen > 0 else f32(0.0)
+
+
+@fragment
+def after(stage, parity, depth):
+    """Return the stage of a ring that follows, and the parity of its phase."""
+    last = stage == u32(depth - 1)
+    return (u32(0) if last else u32(stage + u32(1))), (u32(parity ^ u32(1)) if last else parity)
+
+
+@fragment
+def finite(x):
+    """Return 0 for −∞: subtracting it from −∞ leaves that."""
+    return x if x > f32(-math.inf) else f32(0.0)
 
 
 @fragment
@@ -168,7 +186,7 @@ def make_kernel(head_dim, v_head_dim, dtype, skip, with_gap):
     ``skip=False`` is the dense kernel; ``with_gap`` also writes the gap of every tile.
     """
     boxes, v_boxes = head_dim // 64, v_head_dim // 64
-    depth, shift = stages(head_dim), stages(head_dim).bit_length() - 1
+    depth = stages(head_dim)
     steps, blocks, pairs, v_blocks = head_dim // 16, KEYS // 8, KEYS // 16, v_head_dim // 8
     q_bytes, k_bytes, v_bytes = BOX * boxes, BOX * boxes, BOX * v_boxes
     compares = skip or with_gap
@@ -187,15 +205,13 @@ def make_kernel(head_dim, v_head_dim, dtype, skip, with_gap):
         k_base = u32(base + q_bytes)
         v_base = u32(k_base + depth * k_bytes)
         q_full = u32(v_base + depth * v_bytes)
-        v_raw, marks = u32(q_full + 8), u32(q_full + 16)  # marks: a word of each of the 8 warps
-        k_full, k_empty = u32(q_full + 64), u32(q_full + 64 + 8 * depth)
-        v_full, v_empty = u32(q_full + 64 + 16 * depth), u32(q_full + 64 + 24 * depth)
+        v_raw, k_full = u32(q_full + 8), u32(q_full + 16)
+        k_empty, v_full = u32(k_full + 8 * depth), u32(k_full + 16 * depth)
+        v_empty = u32(k_full + 24 * depth)
         thread = u32(cuda.threadIdx.x)
         head, batch = uniform(cuda.blockIdx.y), uniform(cuda.blockIdx.z)
         q_first, lq = uniform(spans[batch, 0]), uniform(spans[batch, 1])
         k_first, lk = uniform(spans[batch, 2]), uniform(spans[batch, 3])
-        if thread < 8:
-            st_shared_32(u32(marks + thread * 4), u32(0))
         if thread == 0:
             mbarrier_init(q_full, 1)
             mbarrier_init(v_raw, 1)
@@ -221,19 +237,19 @@ def make_kernel(head_dim, v_head_dim, dtype, skip, with_gap):
         if thread < 128:  # --- producers
             setmaxnreg_dec(24)
             kv_head, lane = i32(u32(head) // u32(heads_per_kv)), u32(thread & u32(31))
+            stage, parity = u32(0), u32(0)
             if thread == 0:
                 load_tile(base, q, q_full, boxes, batch, i32(q_first + row0), head)
                 for step in range(n):
-                    stage, parity = u32(step & (depth - 1)), u32((step >> shift) & 1)
                     key = i32(tile_of(order, step, first, n) * KEYS)
                     mbarrier_wait(u32(k_empty + 8 * stage), u32(parity ^ u32(1)))
                     load_tile(
                         u32(k_base + stage * u32(k_bytes)), k, u32(k_full + 8 * stage), boxes,
                         batch, i32(k_first + key), kv_head,
                     )  # fmt: skip
+                    stage, parity = after(stage, parity, depth)
             elif thread >= 32 and thread < 64:
                 for step in range(n):
-                    stage, parity = u32(step & (depth - 1)), u32((step >> shift) & 1)
                     key = i32(tile_of(order, step, first, n) * KEYS)
                     tile, arrived = u32(v_base + stage * u32(v_bytes)), u32(v_full + 8 * stage)
                     mbarrier_wait(u32(v_empty + 8 * stage), u32(parity ^ u32(1)))
@@ -256,56 +272,75 @@ def make_kernel(head_dim, v_head_dim, dtype, skip, with_gap):
                         sync_warp()
                         if lane == 0:
                             mbarrier_arrive(arrived)
+                    stage, parity = after(stage, parity, depth)
         else:  # --- consumers: 64 rows each
             setmaxnreg_inc(240)
             group, lane = uniform((thread >> u32(7)) - u32(1)), u32(thread & u32(31))
-            warp, leads = u32((thread >> u32(5)) & u32(3)), u32(thread & u32(127)) == 0
+            warp, mine = u32((thread >> u32(5)) & u32(3)), u32(thread & u32(127))
+            frees_k, frees_v = mine == 0, mine == 32  # threads of different warps
             row0 = i32(row0 + group * ROWS)
             vote_group = i32(row0 // ROWS)
             exists = row0 >= 0 and vote_group < i32(state.shape[2])
+            tells = mine == 64 and exists
+            verdicts = state[batch, head, vote_group if exists else i32(0)]
             first_seen, stop_seen, all_from, all_until = tiles_of(row0, lq, lk, causal, window)
             upper_row = i32(row0 + i32(warp * u32(16) + (lane >> u32(2))))
             lower_row = i32(upper_row + 8)
             q_tile = k_major(u32(base + u32(group) * u32(BOX // 2)))
-            my_marks = u32(marks + u32(group) * u32(16))
-            verdict, turn, next_turn = u32(VOTE + group), u32(TURN + group), u32(TURN + 1 - group)
             s = cuda.local.array((blocks, 4), f32)  # [64 rows, 128 keys]
             p = cuda.local.array((pairs, 4), u32)  # of the tile before: [64 rows, 128 keys]
             acc = cuda.local.array((v_blocks, 4), f32)  # [64 rows, Dv]
-            votes = cuda.local.array(4, u32)
             fill(acc, v_blocks, 0.0)
             m_upper = f32(minus_infinity) if upper_row < lq else f32(math.inf)
             m_lower = f32(minus_infinity) if lower_row < lq else f32(math.inf)
+            top_upper, top_lower = m_upper, m_lower  # weights are relative to 2**top
             l_upper, l_lower = f32(0.0), f32(0.0)
             u_upper, u_lower = f32(0.0), f32(0.0)
+            t_upper, t_lower = f32(0.0), f32(0.0)  # of the tile before, too, when Q·K begins
+            seen_upper, seen_lower = f32(0.0), f32(0.0)
             scale_log2, lam = f32(scale * f32(LOG2_E)), f32(ln_lam[batch, head])
-            kept = u32(0)  # is a product with V still to be begun?
-            if group == 1:
-                bar_arrive(u32(TURN), 256)
+            kept = u32(0)  # was the tile before, so that its product with V is still to be begun?
+            j, j_before = tile_of(order, 0, first, n), i32(0)
+            stage, parity, before, before_parity = u32(0), u32(0), u32(0), u32(0)
+            k_tile = k_major(k_base)
             mbarrier_wait(q_full, u32(0))
+            if n > 0:
+                mbarrier_wait(k_full, u32(0))
 
             for step in range(n):
-                stage, parity = u32(step & (depth - 1)), u32((step >> shift) & 1)
-                before = u32((step - 1) & (depth - 1))
-                j = tile_of(order, step, first, n)
                 mark_tile(u32(j))
-                key = i32(j * KEYS)
 
                 # --- S = Q Kᵀ, and after it acc += P V of the tile before   s [64 rows, 128 keys]
-                mbarrier_wait(u32(k_full + 8 * stage), parity)
-                bar_sync(turn, 256)
-                begin_qk(s, q_tile, k_major(u32(k_base + stage * u32(k_bytes))), steps, dtype)
+                begin_qk(s, q_tile, k_tile, steps, dtype)
+                here, here_parity = stage, parity
+                stage, parity = after(stage, parity, depth)
+                k_tile = k_major(u32(k_base + stage * u32(k_bytes)))
+                j_next = tile_of(order, i32(step + 1), first, n)
+                # ptxas needs product and wait in one branch, or it waits for every single product
                 if kept:
                     begin_pv(acc, p, u32(v_base + before * u32(v_bytes)), v_head_dim, dtype)
-                    bar_arrive(next_turn, 256)
+                    if skip and tells:
+                        verdicts[u32(j_before)] = u8(1)
+                    if i32(step + 1) < n:
+                        mbarrier_wait(u32(k_full + 8 * stage), parity)
                     wgmma_wait(1, s, KEYS)
                 else:
-                    bar_arrive(next_turn, 256)
+                    if skip and step > 0:  # --- all we know of the tile before bounds its weight
+                        if tells:
+                            verdicts[u32(j_before)] = u8(2)
+                        u_upper = f32(u_upper + most(seen_upper, t_upper, top_upper, scale_log2))
+                        u_lower = f32(u_lower + most(seen_lower, t_lower, top_lower, scale_log2))
+                        mbarrier_wait(u32(v_full + 8 * before), before_parity)
+                        if frees_v:
+                            mbarrier_arrive(u32(v_empty + 8 * before))
+                    if i32(step + 1) < n:
+                        mbarrier_wait(u32(k_full + 8 * stage), parity)
                     wgmma_wait(0, s, KEYS)
-                if leads:
-                    mbarrier_arrive(u32(k_empty + 8 * stage))
+                if frees_k:
+                    mbarrier_arrive(u32(k_empty + 8 * here))
 
                 # --- the mask comes first
+                key = i32(j * KEYS)
                 seen_upper, seen_lower = f32(2 * blocks), f32(2 * blocks)
                 if key < all_from or i32(key + KEYS) > all_until:
                     column = i32(key + i32(2 * (lane & u32(3))))
@@ -328,62 +363,58 @@ def make_kernel(head_dim, v_head_dim, dtype, skip, with_gap):
                         highest = fmax(highest, shfl_bfly_f32(highest, u32(1 << i)))
                     if lane == 0 and exists:
                         cuda.atomic.max(gap, (batch, head, vote_group, j), highest)
-                if skip:
-                    if vote_all(u32(rise < lam)):
-                        bar_sync(verdict, 128)
-                        ld_shared_128(votes, my_marks)
-                        mine = u32(step + 1)
-                        skipped = u32(1)
-                        for i in range(4):
-                            if votes[i] == mine:
-                                skipped = u32(0)
-                    else:
-                        if lane == 0:
-                            st_shared_32(u32(my_marks + warp * u32(4)), u32(step + 1))
-                        bar_arrive(verdict, 128)
-                    if leads and exists:
-                        state[batch, head, vote_group, j] = u8(u32(1) + skipped)
+                if skip:  # vote_all tells ptxas that the warp shares the verdict
+                    skipped = vote_all(bar_red_and(u32(VOTE + group), 128, u32(rise < lam)))
 
                 if skipped == 0:  # --- online softmax
-                    old_upper, old_lower = f32(m_upper * scale_log2), f32(m_lower * scale_log2)
-                    m_upper = fmax(m_upper, quad_max(t_upper))
-                    m_lower = fmax(m_lower, quad_max(t_lower))
-                    top_upper = f32(m_upper * scale_log2) if m_upper > minus_infinity else f32(0.0)
-                    top_lower = f32(m_lower * scale_log2) if m_lower > minus_infinity else f32(0.0)
-                    a_upper = ex2(f32(old_upper - top_upper))
-                    a_lower = ex2(f32(old_lower - top_lower))
-                    sum_upper, sum_lower = exp2_rows(s, blocks, scale_log2, top_upper, top_lower)
-                    l_upper = f32(l_upper * a_upper + sum_upper)
-                    l_lower = f32(l_lower * a_lower + sum_lower)
-                    if skip:
-                        u_upper, u_lower = f32(u_upper * a_upper), f32(u_lower * a_lower)
+                    over = fmax(f32(minus_infinity), f32(t_upper * scale_log2 - top_upper))
+                    over = fmax(over, f32(t_lower * scale_log2 - top_lower))
+                    grows = vote_all(u32(over <= f32(GROWTH))) == 0
+                    a_upper, a_lower = f32(1.0), f32(1.0)
+                    if grows:
+                        a_upper, a_lower = top_upper, top_lower
+                        top_upper = fmax(top_upper, f32(quad_max(t_upper) * scale_log2))
+                        top_lower = fmax(top_lower, f32(quad_max(t_lower) * scale_log2))
+                        a_upper = ex2(f32(a_upper - finite(top_upper)))
+                        a_lower = ex2(f32(a_lower - finite(top_lower)))
+                        l_upper, l_lower = f32(l_upper * a_upper), f32(l_lower * a_lower)
+                        if skip:
+                            u_upper, u_lower = f32(u_upper * a_upper), f32(u_lower * a_lower)
+                    sum_upper, sum_lower = exp2_rows(
+                        s, blocks, scale_log2, finite(top_upper), finite(top_lower)
+                    )
+                    l_upper, l_lower = f32(l_upper + sum_upper), f32(l_lower + sum_lower)
+                    if compares:
+                        m_upper = fmax(m_upper, quad_max(t_upper))
+                        m_lower = fmax(m_lower, quad_max(t_lower))
                     # a wait for V of this tile, not the next step's: ptxas moves none of the
                     # exponentials beyond it, as it does beyond the wait for the product
-                    mbarrier_wait(u32(v_full + 8 * stage), parity)
+                    mbarrier_wait(u32(v_full + 8 * here), here_parity)
                     wgmma_wait(0, acc, v_head_dim)
-                    if kept and leads:
+                    if kept and frees_v:
                         mbarrier_arrive(u32(v_empty + 8 * before))
-                    scale_rows(acc, v_blocks, a_upper, a_lower)
+                    if grows:
+                        scale_rows(acc, v_blocks, a_upper, a_lower)
                     pack_rows(p, s, blocks, dtype)
                     kept = u32(1)
-                else:  # --- all we know of the tile bounds its weight
-                    u_upper = f32(u_upper + most(seen_upper, t_upper, m_upper, scale_log2))
-                    u_lower = f32(u_lower + most(seen_lower, t_lower, m_lower, scale_log2))
-                    mbarrier_wait(u32(v_full + 8 * stage), parity)  # or a later wait may miss it
+                else:
                     wgmma_wait(0, acc, v_head_dim)
-                    if leads:
-                        if kept:
-                            mbarrier_arrive(u32(v_empty + 8 * before))
-                        mbarrier_arrive(u32(v_empty + 8 * stage))
+                    if kept and frees_v:
+                        mbarrier_arrive(u32(v_empty + 8 * before))
                     kept = u32(0)
+                before, before_parity = here, here_parity
+                j_before, j = j, j_next
 
-            # --- acc += P V of the last tile
+            # --- what is left of the last tile
             if kept:
-                before = u32((n - 1) & (depth - 1))
                 begin_pv(acc, p, u32(v_base + before * u32(v_bytes)), v_head_dim, dtype)
                 wgmma_wait(0, acc, v_head_dim)
-            if group == 0:
-                bar_sync(u32(TURN), 256)  # the turn that nobody takes
+            elif skip and n > 0:
+                u_upper = f32(u_upper + most(seen_upper, t_upper, top_upper, scale_log2))
+                u_lower = f32(u_lower + most(seen_lower, t_lower, top_lower, scale_log2))
+                mbarrier_wait(u32(v_full + 8 * before), before_parity)  # nothing is on its way
+            if skip and tells and n > 0:
+                verdicts[u32(j_before)] = u8(u32(2) - kept)
 
             # --- what is known of the rows
             l_upper, l_lower = quad_sum(l_upper), quad_sum(l_lower)
@@ -394,11 +425,11 @@ def make_kernel(head_dim, v_head_dim, dtype, skip, with_gap):
             for half in range(2):
                 row = i32(upper_row + 8 * half)
                 l, u = (l_upper, u_upper) if half == 0 else (l_lower, u_lower)
-                m = m_upper if half == 0 else m_lower
+                top = top_upper if half == 0 else top_lower
                 u = f32(u * f32(BOUND_SAFETY))
                 if u32(lane & u32(3)) == 0 and exists and row < i32(lse.shape[2]):
                     real = row < lq and l > 0
-                    known = f32(m * scale + math.log(l)) if real else f32(minus_infinity)
+                    known = f32(top / f32(LOG2_E) + math.log(l)) if real else f32(minus_infinity)
                     share = f32(u * rcp(f32(l + u))) if real and u > 0 else f32(0.0)
                     lse[batch, head, q_first + row] = known
                     bound[batch, head, q_first + row] = share
@@ -418,7 +449,7 @@ def make_kernel(head_dim, v_head_dim, dtype, skip, with_gap):
                 st_shared_32(swizzle(u32(at + 1024)), pack(acc[block, 2], acc[block, 3], dtype))
             fence_proxy_async()
             bar_sync(u32(OUT + group), 128)
-            if leads and exists:
+            if mine == 0 and exists:
                 for box in range(v_boxes):
                     tma_store_4d(
                         out, u32(place + box * BOX), batch, i32(q_first + row0), head, 64 * box
@@ -428,7 +459,7 @@ def make_kernel(head_dim, v_head_dim, dtype, skip, with_gap):
 
             # --- tiles that were not visited, or on which the dense build has no vote
             if exists:
-                for tile in range(i32(thread & u32(127)), i32(state.shape[3]), 128):
+                for tile in range(i32(mine), i32(state.shape[3]), 128):
                     if tile < first_seen or tile >= stop_seen:
                         state[batch, head, vote_group, tile] = u8(0)
                     elif not skip:

@@ -8,12 +8,12 @@ Q_BOX, K_BOX, V_BOX, OUT_BOX = (1, 128, 1, 64), (1, KEYS, 1, 64), (1, KEYS, 1, 6
 
 
 def stages(head_dim: int) -> int:
-    """Tiles of K, and of V, that are in shared memory at a time: a power of two."""
-    return 4 if head_dim == 64 else 2
+    """Tiles of K, and of V, that are in shared memory at a time."""
+    return {64: 4, 128: 3, 192: 2}[head_dim]
 
 
 def shared_bytes(head_dim: int, v_head_dim: int) -> int:
-    """Dynamic shared memory of a block: Q, K, V, and barriers and marks."""
+    """Dynamic shared memory of a block: Q, K, V, and barriers."""
     return BOX * (head_dim // 64 + stages(head_dim) * (head_dim + v_head_dim) // 64) + 256
 
 

@@ -106,6 +106,28 @@ def test_emulated_windows_and_unequal_lengths(sizes, lengths, own, window, causa
         assert (got[0][b, length:] == 0).all()
 
 
+def rising(dtype=np.float16):
+    """Key tiles that score ever more, by a little and by a lot; the third and seventh are faint."""
+    rng = np.random.default_rng(5)
+    q, k, v = (0.3 * rng.standard_normal((1, n, 1, 64)) for n in (70, 1024, 1024))
+    q[..., 0] = 8.0
+    k[0, :, 0, 0] = np.repeat([0, 3, -10, 5, 16, 13, 4, 30], 128)
+    return tuple(x.astype(dtype) for x in (q, k, v))
+
+
+@pytest.mark.parametrize("threshold", [0.0, 0.02])
+def test_emulated_maxima_that_rise(threshold, backend):
+    settings = {
+        "threshold": threshold, "causal": False, "order": "ascending", "return_report": True,
+    }  # fmt: skip
+    got = skip_softmax_attention(*rising(), **settings, emulate=True, backend=backend)
+    expected = skip_softmax_attention(*rising(), **settings, backend="reference")
+    agree(*got, *expected)
+    assert (got[1].state[0, 0, 0] == 2).tolist() == [
+        threshold > 0 and j in (2, 6) for j in range(8)
+    ]
+
+
 def test_reference_of_unequal_lengths_is_that_of_each_request():
     _, whole = ragged((64, 64), (130, 200), ([130, 70], [200, 90]))
     settings = {"threshold": 0.5, "backend": "reference", "tile": (8, 16)}
