@@ -32,6 +32,10 @@ ARCHITECTURES = ("sm_80", "sm_86", "sm_89", "sm_90a", "sm_100a", "sm_120a")
 """What every kernel that claims Ampere and later is assembled for."""
 
 
+MOST_PLACES = 64
+"""Addresses for which a launch keeps a tensor map, of each array that it takes as one."""
+
+
 @dataclass(frozen=True)
 class Resources:
     """What the machine code of one kernel for one architecture takes.
@@ -377,16 +381,22 @@ def _check(status: Any, sentence: str) -> None:
 
 
 class _Placed:
-    """A tensor map as the driver has it, and where its array is."""
+    """The parameter of a launch that is a tensor map: as the driver has it, for each address.
+
+    To move a map costs the driver more than a microsecond, and calls come back to few addresses.
+    """
 
     def __init__(self, tensor_map: TensorMap) -> None:
-        from cuda.bindings import driver
-
-        self._memory = encode(tensor_map)
-        self.encoded = (ctypes.c_uint8 * 128).from_buffer(self._memory)
-        self._map = driver.CUtensorMap(_ptr=self._memory.ctypes.data)
-        self._replace = driver.cuTensorMapReplaceAddress
+        self._first = encode(tensor_map)
+        self._known = {tensor_map.address: (self._first.ctypes.data, self._first)}
         self._value = tensor_map.address
+        self._pointers: Any = [0]
+        self._index = 0
+
+    def put(self, pointers: Any, index: int) -> None:
+        """Say where a launch looks for the pointer to this parameter."""
+        self._pointers, self._index = pointers, index
+        pointers[index] = self._known[self._value][0]
 
     @property
     def value(self) -> int:
@@ -397,9 +407,25 @@ class _Placed:
     def value(self, address: int) -> None:
         if address == self._value:
             return
-        (status,) = self._replace(self._map, address)
-        _check(status, f"no tensor map can be at 0x{address:x}")
+        known = self._known.get(address)
+        if known is None:
+            known = self._moved_to(address)
+        self._pointers[self._index] = known[0]
         self._value = address
+
+    def _moved_to(self, address: int) -> tuple[int, NDArray[np.uint8]]:
+        from cuda.bindings import driver
+
+        moved = _aligned()
+        moved[:] = self._first
+        (status,) = driver.cuTensorMapReplaceAddress(
+            driver.CUtensorMap(_ptr=moved.ctypes.data), address
+        )
+        _check(status, f"no tensor map can be at 0x{address:x}")
+        if len(self._known) == MOST_PLACES:
+            self._known.clear()
+        self._known[address] = moved.ctypes.data, moved
+        return self._known[address]
 
 
 class Launcher:
@@ -433,7 +459,7 @@ class Launcher:
         for argument in args:
             if isinstance(argument, TensorMap):
                 self._addresses.append(_Placed(argument))
-                values.append(self._addresses[-1].encoded)
+                values.append(self._addresses[-1])
                 continue
             if not isinstance(argument, tuple):
                 values.append(argument)
@@ -445,7 +471,12 @@ class Launcher:
             values += [ctypes.c_int64(math.prod(shape)), ctypes.c_int64(item), address]
             values += [ctypes.c_int64(n) for n in (*shape, *strides)]
         self._values = values
-        self._pointers = (ctypes.c_void_p * len(values))(*map(ctypes.addressof, values))
+        self._pointers = (ctypes.c_void_p * len(values))()
+        for i, value in enumerate(values):
+            if isinstance(value, _Placed):
+                value.put(self._pointers, i)
+            else:
+                self._pointers[i] = ctypes.addressof(value)
         where = (*grid, threads, 1, 1, shared_bytes)
         self._launch = partial(driver.cuLaunchKernel, driver.CUfunction(function), *where)
         self._parameters = ctypes.addressof(self._pointers)
@@ -515,8 +546,13 @@ def encode(tensor_map: TensorMap) -> NDArray[np.uint8]:
         driver.CUtensorMapFloatOOBfill.CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE,
     )
     _check(status, f"{tensor_map} cannot be encoded")
-    room = np.empty(192, np.uint8)
-    start = -room.ctypes.data % 64
-    aligned = room[start : start + 128]
+    aligned = _aligned()
     ctypes.memmove(aligned.ctypes.data, encoded.getPtr(), 128)
     return aligned
+
+
+def _aligned() -> NDArray[np.uint8]:
+    """Room for a tensor map, at a multiple of 64 bytes."""
+    room = np.empty(192, np.uint8)
+    start = -room.ctypes.data % 64
+    return room[start : start + 128]

@@ -107,8 +107,23 @@ def test_a_tensor_map_moves_with_its_array(played):
     assert (moved.getPtr(), address) == (first, 4096)
     assert first % 64 == 0
     assert ctypes.c_int32.from_address(second).value == 5
-    launcher(0, 4096)
-    assert "cuTensorMapReplaceAddress" not in played
+    for known, pointer in ((4096, first), (map_.address, None), (4096, first)):
+        launcher(0, known)
+        assert "cuTensorMapReplaceAddress" not in played  # the driver is asked once an address
+        (here,) = (ctypes.c_void_p * 1).from_address(read(played))
+        assert (here == first) == (pointer is not None)
+
+
+def test_tensor_maps_of_many_addresses_are_not_all_kept(played, monkeypatch):
+    monkeypatch.setattr(launch, "MOST_PLACES", 3)
+    map_ = TensorMap(np.zeros((128, 64), np.uint16), gemm_wgmma.A_BOX)
+    launcher = Launcher(7, (1, 1, 1), 384, 0, map_)
+    for address in (4096, 8192, 12288, 4096):  # the third does not find room beside the others
+        played.pop("cuTensorMapReplaceAddress", None)
+        launcher(0, address)
+        moved, to = played["cuTensorMapReplaceAddress"]
+        (here,) = (ctypes.c_void_p * 1).from_address(read(played))
+        assert (moved.getPtr(), address) == (here, to)
 
 
 def test_a_refused_launch_is_a_sentence(played, monkeypatch):
@@ -141,7 +156,11 @@ def test_parameters_are_as_large_as_the_kernel_wants_them(which, monkeypatch, tm
         made = launch.build(gemm_wgmma.make_kernel(BF16, 1), gemm_wgmma.SIGNATURE, "sm_90a")
         map_ = TensorMap(np.zeros((128, 64), np.uint16), gemm_wgmma.A_BOX)
         launcher = Launcher(7, (1, 1, 1), 384, 0, map_, map_, c, ctypes.c_int32(64))
-    assert [ctypes.sizeof(value) for value in launcher._values] == sizes_in(made.cubin, tmp_path)
+    sizes = [
+        value._first.nbytes if isinstance(value, launch._Placed) else ctypes.sizeof(value)
+        for value in launcher._values
+    ]
+    assert sizes == sizes_in(made.cubin, tmp_path)
 
 
 @needs_assembler

@@ -106,26 +106,28 @@ def test_emulated_windows_and_unequal_lengths(sizes, lengths, own, window, causa
         assert (got[0][b, length:] == 0).all()
 
 
-def rising(dtype=np.float16):
-    """Key tiles that score ever more, by a little and by a lot; the third and seventh are faint."""
+@pytest.mark.parametrize(
+    ("levels", "threshold", "skipped"),
+    [
+        ([0, 3, -10, 5, 16, 13, 4, 30], 0.0, []),
+        ([0, 3, -10, 5, 16, 13, 4, 30], 0.02, [2, 6]),
+        ([0, -1, 8], 0.6, [1]),  # what was left out is nothing beside what came after
+    ],
+)
+def test_emulated_maxima_that_rise(levels, threshold, skipped, backend):
+    """Key tiles that score ever more, by a little and by a lot, and some that are faint."""
     rng = np.random.default_rng(5)
-    q, k, v = (0.3 * rng.standard_normal((1, n, 1, 64)) for n in (70, 1024, 1024))
+    q, k, v = (0.3 * rng.standard_normal((1, n, 1, 64)) for n in (70, *[128 * len(levels)] * 2))
     q[..., 0] = 8.0
-    k[0, :, 0, 0] = np.repeat([0, 3, -10, 5, 16, 13, 4, 30], 128)
-    return tuple(x.astype(dtype) for x in (q, k, v))
-
-
-@pytest.mark.parametrize("threshold", [0.0, 0.02])
-def test_emulated_maxima_that_rise(threshold, backend):
+    k[0, :, 0, 0] = np.repeat(levels, 128)
+    tensors = [x.astype(np.float16) for x in (q, k, v)]
     settings = {
         "threshold": threshold, "causal": False, "order": "ascending", "return_report": True,
     }  # fmt: skip
-    got = skip_softmax_attention(*rising(), **settings, emulate=True, backend=backend)
-    expected = skip_softmax_attention(*rising(), **settings, backend="reference")
+    got = skip_softmax_attention(*tensors, **settings, emulate=True, backend=backend)
+    expected = skip_softmax_attention(*tensors, **settings, backend="reference")
     agree(*got, *expected)
-    assert (got[1].state[0, 0, 0] == 2).tolist() == [
-        threshold > 0 and j in (2, 6) for j in range(8)
-    ]
+    assert np.flatnonzero(got[1].state[0, 0, 0] == 2).tolist() == skipped
 
 
 def test_reference_of_unequal_lengths_is_that_of_each_request():
