@@ -220,8 +220,8 @@ helpers.show(pictures.timeline(events, lanes, left_out), "12_the_asynchronous_pi
 helpers.app_link(source=helpers.LAYER_12, head=0, length=1024, threshold=LAM)
 
 # %% [markdown]
-# `cuda_kernels/prefill_wgmma.py`, the real kernel, also lets groups take turns, and P·V of a tile
-# run beside the exponentials of the next: its first lines draw that.
+# `cuda_kernels/prefill_wgmma.py`, the real kernel, also lets P·V of a tile run beside the
+# exponentials of the next: its first lines draw that.
 #
 # ## Break it
 #
