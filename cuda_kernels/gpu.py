@@ -58,8 +58,9 @@ def current() -> Gpu:
         raise none from None
     if status.value or _answer("cuDeviceGetCount") == 0:
         raise none
-    status, device = driver.cuCtxGetDevice()
-    if status.value:
+    if int(_answer("cuCtxGetCurrent")):
+        device = _answer("cuCtxGetDevice")  # an error where there is no context
+    else:
         device = _answer("cuDeviceGet", 0)
         _answer("cuCtxSetCurrent", _answer("cuDevicePrimaryCtxRetain", device))
     return _describe(device)

@@ -238,6 +238,7 @@ class PlayedDriver:
         answers = {
             "cuInit": lambda _: (good,),
             "cuDeviceGetCount": lambda: (good, 1),
+            "cuCtxGetCurrent": lambda: (good, driver.CUcontext(int(self.made_current is not None))),
             "cuCtxGetDevice": lambda: (bad, None) if self.made_current is None else (good, 2),
             "cuDeviceGet": lambda number: (good, number),
             "cuDevicePrimaryCtxRetain": lambda device: (good, f"context of {device}"),
