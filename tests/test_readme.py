@@ -1,5 +1,6 @@
 """What the README says: links lead somewhere, and figures are those that its commands print."""
 
+import json
 import re
 import shlex
 from pathlib import Path
@@ -97,33 +98,88 @@ def test_the_python_examples_run(monkeypatch, capsys):
     assert f": {float(bound):.3f}\n" in kernel
 
 
-def test_kernel_figures_are_those_of_the_recorded_run():
-    import json
+def recorded(command):
+    """The recorded run that the README links to, and its rows."""
+    (path,) = re.findall(rf"\((cuda_kernels/results/{command}-[^)]+\.json)\)", README)
+    run = json.loads((ROOT / path).read_text())
+    return run, run["rows"]
 
-    (path,) = re.findall(r"\((cuda_kernels/results/prefill-[^)]+\.json)\)", README)
-    rows = json.loads((ROOT / path).read_text())["rows"]
 
-    def ratio(kernel, workload, head_dim=128):
-        wanted = (kernel, workload, head_dim, False)
-        keys = ("kernel", "workload", "head_dim", "causal")
+def prefill_table():
+    """Lines of the README's table of prefill: medians at head_dim 128, 16 heads, 16K tokens."""
+    _, rows = recorded("prefill")
+    masks = (False, True)
+
+    def ratio(backend, kernel, workload, causal, against):
+        wanted = (backend, kernel, workload, causal, 128, 16_384, 16, 16)
+        keys = (
+            "backend",
+            "kernel",
+            "workload",
+            "causal",
+            "head_dim",
+            "tokens",
+            "heads",
+            "kv_heads",
+        )
         (row,) = [row for row in rows if tuple(row[key] for key in keys) == wanted]
-        return row["ratio"]
+        return f"{row['ratios'][against][1]:.2f}"
 
-    assert f"dense {ratio('dense', 'random'):.2f} × FlashAttention-2" in README
-    gains = " / ".join(f"{ratio('skip', f'columns {s}'):.2f}" for s in (0.5, 0.75, 0.9))
-    assert f"it gains {gains} ×" in README
-    gains = " / ".join(f"{ratio('skip', f'columns {s}', 64):.2f}" for s in (0.5, 0.75, 0.9))
-    assert f"{gains} × at head_dim 64" in README
-    assert f"is {ratio('cudnn', 'random'):.2f} × as fast as" in README
-    losses = [1 - row["ratio"] for row in rows if row["kernel"] == "nothing skipped"]
-    assert f"loses {100 * min(losses):.0f} to {100 * max(losses):.0f} % when nothing is" in README
-    causal = [r for r in rows if (r["kernel"], r["head_dim"], r["causal"]) == ("dense", 128, True)]
-    assert f"{causal[0]['ratio']:.2f} × with a causal one" in README
+    for backend, peer, name in (("wgmma", "cudnn", "cuDNN"), ("mma", "fa2", "FlashAttention-2")):
+        cells = [ratio(backend, "dense", "random", causal, peer) for causal in masks]
+        yield f"| `{backend}`, dense, × {name} | {' | '.join(cells)} |"
+        cells = [ratio(backend, "nothing skipped", "random", causal, "dense") for causal in masks]
+        yield f"| `{backend}`, nothing skipped, × its dense | {' | '.join(cells)} |"
+        for workload in ("columns", "scattered"):
+            cells = [
+                " / ".join(
+                    ratio(backend, "skip", f"{workload} {share:g}", causal, "dense")
+                    for share in (0.5, 0.75, 0.9)
+                )
+                for causal in masks
+            ]
+            about = f"`{backend}`, 0.5 / 0.75 / 0.9 skipped (`{workload}`), × its dense"
+            yield f"| {about} | {' | '.join(cells)} |"
+
+
+def decode_table():
+    """Lines of the README's table of decode: medians, heads before keys."""
+    _, rows = recorded("decode")
+
+    def ratio(kernel, workload, batch):
+        wanted = (kernel, workload, batch, "HND")
+        keys = ("kernel", "workload", "batch", "layout")
+        (row,) = [row for row in rows if tuple(row[key] for key in keys) == wanted]
+        return f"{row['ratio'][1]:.2f}"
+
+    batches = (64, 8, 1)
+    cells = [ratio("dense", "random", batch) for batch in batches]
+    yield f"| dense, × a kernel that only reads the cache | {' | '.join(cells)} |"
+    cells = [ratio("none skipped", "random", batch) for batch in batches]
+    yield f"| nothing skipped, × dense | {' | '.join(cells)} |"
+    cells = [
+        " / ".join(ratio("skip", f"columns {share:g}", batch) for share in (0.5, 0.75, 0.9))
+        for batch in batches
+    ]
+    yield f"| 0.5 / 0.75 / 0.9 skipped, × dense | {' | '.join(cells)} |"
+
+
+@pytest.mark.parametrize("table", [prefill_table, decode_table])
+def test_kernel_figures_are_those_of_the_recorded_runs(table):
+    lines = list(table())
+    assert len(lines) == {prefill_table: 8, decode_table: 3}[table]
+    for line in lines:
+        assert line in README.splitlines(), line
+
+
+def test_runs_are_named_by_machine_and_date():
+    for command in ("prefill", "decode"):
+        machine = recorded(command)[0]["machine"]
+        assert machine["gpu"] == "NVIDIA H200"
+        assert machine["date"].split()[0] in README
 
 
 def test_answers_about_the_model_are_those_recorded():
-    import json
-
     path = ROOT / "sim/data/smollm2-135m-evaluation.json"
     answers = json.loads(path.read_text(encoding="utf-8"))["answers"]
     found = {(x["kernel"], x["length"]): x["changes"][1]["sparsity"] for x in answers["skippable"]}

@@ -1,6 +1,7 @@
 """What is measured and how it is kept, with a GPU that is played: its clock runs as a test says."""
 
 import json
+import shutil
 from functools import partial
 from types import SimpleNamespace
 
@@ -200,7 +201,10 @@ def test_wrong_use_of_bench_is_one_sentence(hopper, monkeypatch):
 
 
 def test_recorded_runs_are_read_in_todays_fields(hopper, monkeypatch, tmp_path):
-    old = benchmark.recorded()
+    before = tmp_path / "before"
+    before.mkdir()
+    shutil.copy(benchmark.RESULTS / "prefill-nvidia-h200-2026-11-23.json", before)
+    old = benchmark.recorded(before)
     assert old["machine"]["date"] == "2026-11-23 20:32 UTC"
     assert "1.193 (1.193–1.194) × dense" in table(old)
     assert {row["backend"] for row in old["rows"] if row["kernel"] in ("fa2", "cudnn")} == {""}
