@@ -49,6 +49,12 @@ def quad_sum(x):
 
 
 @fragment
+def finite(x):
+    """Return 0 for −∞: subtracting it from −∞ leaves that."""
+    return x if x > f32(-math.inf) else f32(0.0)
+
+
+@fragment
 def exp2_rows(tile, n, scale, upper, lower):
     """Replace every x by 2**(x·scale − m), m being ``upper`` or ``lower``; return the row sums.
 

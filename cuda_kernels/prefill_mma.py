@@ -28,6 +28,7 @@ from cuda_kernels.fragments import (
     chunk_at,
     exp2_pack,
     fill,
+    finite,
     pick,
     quad_max,
     quad_scatter_sum,
@@ -80,6 +81,7 @@ from cuda_kernels.tiles import (
     uniform,
 )
 
+GROWTH = 8.0  # the maximum that weights are relative to lags behind by less, in powers of two
 SIGNATURE = (  # arrays of any strides: one build serves them all
     "void(int16[:,:,:,:], int16[:,:,:,:], int16[:,:,:,:], int16[:,:,:,:], int32[:,::1], "
     "float32[:,::1], float32[:,:,:], float32[:,:,:], uint8[:,:,:,::1], float32[:,:,:,::1], "
@@ -148,6 +150,32 @@ def multiply(c, a, b, part, dtype):
             mma_m16n8k16(c[x, 4 * part + 2 * y + 1], a[x], b[y, 1], dtype)
 
 
+@fragment
+def first_weights(p, s, acc, l, top, zero, factor, t, scale_log2, tops, writes, v_blocks, dtype):
+    """Turn the first 16 keys' scores into weights relative to 2**top, raised where it lags too far.
+
+    Then it is the tile's maxima, ``t`` in this thread's columns, and what was summed is scaled.
+    ``zero`` becomes ``top`` with 0 for −∞, ``factor`` is room, and ``tops`` where ``top`` is kept.
+    """
+    over = f32(-math.inf)
+    for r in range(4):  # fmax leaves out −inf − −inf: a row that has seen nothing yet
+        over = fmax(over, f32(t[r] * scale_log2 - top[r]))
+    if vote_all(u32(over <= f32(GROWTH))) == 0:
+        for r in range(4):
+            factor[r] = top[r]
+            top[r] = fmax(top[r], f32(quad_max(t[r]) * scale_log2))
+            factor[r] = ex2(f32(factor[r] - finite(top[r])))
+            l[r] = f32(l[r] * factor[r])
+        sync_warp()  # all of a quad have read what one of it writes
+        if writes:
+            st_shared_4f(tops, top)
+        scale_rows(acc[0], v_blocks, factor[0], factor[1])
+        scale_rows(acc[1], v_blocks, factor[2], factor[3])
+    for r in range(4):
+        zero[r] = finite(top[r])
+    exp2_pack(p, s, l, zero, scale_log2, 0, dtype)
+
+
 @cache
 def make_kernel(head_dim, v_head_dim, dtype, skip, with_gap):
     """Build the kernel for one pair of head sizes, F16 or BF16, with or without the skip test.
@@ -176,10 +204,9 @@ def make_kernel(head_dim, v_head_dim, dtype, skip, with_gap):
         memory = cuda.shared.array(0, u8, alignment=1024)
         base = shared_address(memory, 0)
         k_tile, v_tile = u32(base + q_bytes), u32(base + q_bytes + k_bytes)
-        maxima = u32(v_tile + v_bytes)  # [half of the keys, 64 rows]
-        verdicts = u32(maxima + 2 * HALF)  # of the four warps; then ln λ, and q_first
-        history = u32(verdicts + 128)  # decisions of the last 32 steps
-        slots = u32(history + 128)  # of each thread: its 4 running sums; u and what that refers to
+        maxima = u32(v_tile + v_bytes)  # [half of the keys, 64 rows], and the like of top
+        verdicts = u32(maxima + 4 * HALF)  # of the four warps; then ln λ, and q_first
+        slots = u32(verdicts + 128)  # of each thread: its 4 running sums; u and what that refers to
         thread = u32(cuda.threadIdx.x)
         lane, quad_lane = u32(thread & u32(31)), u32(thread & u32(3))
         row_half, key_half = u32((thread >> u32(5)) & u32(1)), u32(thread >> u32(6))
@@ -225,12 +252,12 @@ def make_kernel(head_dim, v_head_dim, dtype, skip, with_gap):
         a = cuda.local.array((q_stages, 2, 4), u32)  # fragments of Q: all, or one used, one coming
         p = cuda.local.array((2, 2, 4), u32)  # of the weights: one used, one coming
         b = cuda.local.array((2, 2, 2, 2), u32)  # of K or V: likewise
-        votes = cuda.local.array(4, u32)
+        words = cuda.local.array(4, u32)
         t = cuda.local.array(4, f32)  # of each of the thread's 4 rows: tile max in its columns,
-        m = cuda.local.array(4, f32)  # running max of this half of the keys,
-        m_all = cuda.local.array(4, f32)  # and of both,
+        m = cuda.local.array(4, f32)  # running max of all keys,
         l = cuda.local.array(4, f32)  # running sum in its columns,
-        top = cuda.local.array(4, f32)  # new max in the units of the exponent, for all
+        top = cuda.local.array(4, f32)  # what its half's weights are relative to, as a power of two,
+        zero = cuda.local.array(4, f32)  # and that with 0 for −∞
         alpha = cuda.local.array(4, f32)
         x = cuda.local.array(4, f32)  # for what is exchanged
         fill(acc[0], v_blocks, 0.0)
@@ -239,6 +266,7 @@ def make_kernel(head_dim, v_head_dim, dtype, skip, with_gap):
             m[r], l[r] = f32(minus_infinity), f32(0.0)
         if quad_lane == 0:
             st_shared_4f(my_maxima, m)
+            st_shared_4f(u32(my_maxima + 2 * HALF), m)
         st_shared_4f(my_sums, l)
         if skip:
             st_shared_4f(my_bound, l)
@@ -247,6 +275,7 @@ def make_kernel(head_dim, v_head_dim, dtype, skip, with_gap):
             st_shared_32(u32(verdicts + 20), u32(q_first))
         scale_log2 = f32(scale * f32(LOG2_E))
 
+        history = u32(0)  # decisions of the last 32 steps, the newest in the lowest bit
         step = i32(-1)
         while i32(step + 1) < n:
             step = i32(step + 1)
@@ -292,13 +321,14 @@ def make_kernel(head_dim, v_head_dim, dtype, skip, with_gap):
             t[0], t[1] = row_max(s[0], blocks)
             t[2], t[3] = row_max(s[1], blocks)
             my_maxima = u32(maxima + (anew(thread) >> u32(2)) * 16)
-            ld_shared_4f(m, my_maxima)
+            ld_shared_4f(top, u32(my_maxima + 2 * HALF))
             if compares:
+                ld_shared_4f(m, my_maxima)
                 ld_shared_4f(x, u32(my_maxima ^ u32(HALF)))
                 rise = f32(minus_infinity)
                 for r in range(4):  # fmax leaves out −inf − −inf: a row that has seen nothing yet
-                    m_all[r] = fmax(m[r], x[r])
-                    rise = fmax(rise, f32(t[r] - m_all[r]))
+                    m[r] = fmax(m[r], x[r])
+                    rise = fmax(rise, f32(t[r] - m[r]))
                 rise = f32(rise * scale)
             if with_gap:
                 highest = rise
@@ -306,6 +336,14 @@ def make_kernel(head_dim, v_head_dim, dtype, skip, with_gap):
                     highest = fmax(highest, shfl_bfly_f32(highest, u32(1 << i)))
                 if lane == 0:
                     cuda.atomic.max(gap, (batch, head, group, j), highest)
+            my_tops = u32(my_maxima + 2 * HALF)
+            if not skip:  # the first weights while V arrives
+                if not sums_stay:
+                    ld_shared_4f(l, my_sums)
+                first_weights(
+                    p[0], s, acc, l, top, zero, alpha, t, scale_log2, my_tops, quad_lane == 0,
+                    v_blocks, dtype,
+                )  # fmt: skip
             cp_async_wait(0)
             skipped = u32(0)
             if skip:
@@ -314,33 +352,29 @@ def make_kernel(head_dim, v_head_dim, dtype, skip, with_gap):
                     st_shared_32(u32(verdicts + (thread >> u32(5)) * 4), agrees)
             cuda.syncthreads()  # V is there, the votes are, and K is done with
             if skip:
-                ld_shared_128(votes, verdicts)
-                skipped = u32(votes[0] & votes[1] & votes[2] & votes[3])
+                skipped = vote_all(ld_shared_32(u32(verdicts + (anew(thread) & u32(3)) * 4)))
             if i32(step + 1) < n:
                 key = i32(tile_of(order, i32(step + 1), first, n) * KEYS)
                 load_rows(k_tile, k_rows, key, k_step, i32(lk - key), KEYS, width, thread)
             cp_async_commit()
             if skip:
-                if thread < u32(32):
-                    if lane == 0:
-                        st_shared_32(u32(history + (u32(step) & u32(31)) * 4), skipped)
-                    if u32(step) & u32(31) == 31 or i32(step + 1) == n:
-                        sync_warp()
-                        last = i32(i32(step & ~31) + i32(lane))
-                        if last <= step:
-                            decision = ld_shared_32(u32(history + lane * 4))
-                            state[batch, head, group, tile_of(order, last, first, n)] = u8(
-                                1 + decision
-                            )
+                history = u32(u32(history + history) + skipped)
+                if u32(step) & u32(31) == 31 or i32(step + 1) == n:  # a thread writes one of them
+                    last = i32(i32(step & ~31) + i32(anew(thread)))
+                    if last <= step:
+                        decision = u32(u32(history >> u32(step - last)) & u32(1))
+                        state[batch, head, group, tile_of(order, last, first, n)] = u8(1 + decision)
                 if skipped:  # all we know of the tile bounds its weight
                     for r in range(4):
                         seen = f32(2 * blocks)
                         if masked:
                             seen = count_visible(s[r // 2], blocks, 2 * (r % 2))
-                        weight = ex2(f32((t[r] - m_all[r]) * scale_log2))
+                        weight = ex2(f32((t[r] - m[r]) * scale_log2))
                         t[r] = f32(seen * weight) if seen > 0 else f32(0.0)
-                    ld_shared_4f(x, my_bound)  # of row quad_lane: u, relative to the maximum x[1]
-                    now = pick(m_all, quad_lane)
+                    # of row quad_lane: u, relative to the maximum x[1] of all keys: top of a half
+                    # may be as far below that of the other as can be, and 2**x overflow
+                    ld_shared_4f(x, my_bound)
+                    now = pick(m, quad_lane)
                     older = f32(x[0] * ex2(f32((x[1] - now) * scale_log2)))
                     older = older if x[0] > 0 else f32(0.0)
                     x[0], x[1] = f32(older + quad_scatter_sum(t, quad_lane)), now
@@ -348,26 +382,23 @@ def make_kernel(head_dim, v_head_dim, dtype, skip, with_gap):
                     continue
 
             # --- online softmax
-            for r in range(4):
-                old = f32(m[r] * scale_log2)
-                m[r] = fmax(m[r], quad_max(t[r]))
-                top[r] = f32(m[r] * scale_log2) if m[r] > minus_infinity else f32(0.0)
-                alpha[r] = ex2(f32(old - top[r]))
-            if quad_lane == 0:
-                st_shared_4f(my_maxima, m)
-            if not sums_stay:
+            if compares:
+                for r in range(4):
+                    m[r] = fmax(m[r], quad_max(t[r]))
+                if quad_lane == 0:
+                    st_shared_4f(my_maxima, m)
+            if skip:
                 ld_shared_4f(l, my_sums)
-            for r in range(4):
-                l[r] = f32(l[r] * alpha[r])
-            scale_rows(acc[0], v_blocks, alpha[0], alpha[1])
-            scale_rows(acc[1], v_blocks, alpha[2], alpha[3])
+                first_weights(
+                    p[0], s, acc, l, top, zero, alpha, t, scale_log2, my_tops, quad_lane == 0,
+                    v_blocks, dtype,
+                )  # fmt: skip
 
             # --- acc += P V, the exponentials one step of 16 keys ahead           acc [32 rows, Dv]
-            exp2_pack(p[0], s, l, top, scale_log2, 0, dtype)
             load_v(b[0], v_lane, 0, 0, v_width)
             for i in range(pairs):
                 if i + 1 < pairs:
-                    exp2_pack(p[(i + 1) % 2], s, l, top, scale_log2, i + 1, dtype)
+                    exp2_pack(p[(i + 1) % 2], s, l, zero, scale_log2, i + 1, dtype)
                     if i + 2 == pairs and not sums_stay:
                         st_shared_4f(u32(slots + anew(thread) * 16), l)
                 for c in range(parts):
@@ -382,7 +413,7 @@ def make_kernel(head_dim, v_head_dim, dtype, skip, with_gap):
         cuda.syncthreads()
         thread = anew(thread)
         my_maxima, my_sums = u32(maxima + (thread >> u32(2)) * 16), u32(slots + thread * 16)
-        ld_shared_4f(m, my_maxima)
+        ld_shared_4f(top, u32(my_maxima + 2 * HALF))
         if not sums_stay:
             ld_shared_4f(l, my_sums)
         x[0], x[1] = f32(0.0), f32(0.0)
@@ -390,11 +421,11 @@ def make_kernel(head_dim, v_head_dim, dtype, skip, with_gap):
             ld_shared_4f(x, u32(my_sums + SLOT))
         lane, quad_lane = u32(thread & u32(31)), u32(thread & u32(3))
         row_half, key_half = u32((thread >> u32(5)) & u32(1)), u32(thread >> u32(6))
-        m_row, l_row, u, u_m = pick(m, quad_lane), quad_scatter_sum(l, quad_lane), x[0], x[1]
+        top_row, l_row, u, u_m = pick(top, quad_lane), quad_scatter_sum(l, quad_lane), x[0], x[1]
         pair = u32((thread & u32(63)) * 16)  # where the thread of the other half looks
         there = u32(base + row_half * u32(2 * v_blocks * 512) + lane * 16)
         if key_half == 1:
-            x[0], x[1], x[2] = m_row, l_row, u
+            x[0], x[1], x[2] = top_row, l_row, u
             st_shared_4f(u32(v_tile + pair), x)
             for i in range(2):
                 for block in range(v_blocks):
@@ -404,17 +435,17 @@ def make_kernel(head_dim, v_head_dim, dtype, skip, with_gap):
         q_first = i32(ld_shared_32(u32(verdicts + 20)))
         if key_half == 0:
             ld_shared_4f(x, u32(v_tile + pair))
-            highest = fmax(m_row, x[0])
-            weight = ex2(f32((m_row - highest) * scale_log2)) if l_row > 0 else f32(0.0)
-            weight_other = ex2(f32((x[0] - highest) * scale_log2)) if x[1] > 0 else f32(0.0)
+            highest = fmax(top_row, x[0])
+            weight = ex2(f32(top_row - highest)) if l_row > 0 else f32(0.0)
+            weight_other = ex2(f32(x[0] - highest)) if x[1] > 0 else f32(0.0)
             total = f32(l_row * weight + x[1] * weight_other)
             over = rcp(total) if total > 0 else f32(0.0)
             u = f32(f32(u + x[2]) * f32(BOUND_SAFETY))
-            u = f32(u * ex2(f32((u_m - highest) * scale_log2))) if u > 0 else f32(0.0)
+            u = f32(u * ex2(f32(u_m * scale_log2 - highest))) if u > 0 else f32(0.0)
             row = i32(row0 + i32(row_of(thread) + 8 * quad_lane))
             if row < rows_out:
-                seen = f32(highest * scale + math.log(total)) if total > 0 else f32(minus_infinity)
-                lse[batch, head, q_first + row] = seen
+                seen = f32(highest / f32(LOG2_E) + math.log(total))
+                lse[batch, head, q_first + row] = seen if total > 0 else f32(minus_infinity)
                 bound[batch, head, q_first + row] = u * rcp(f32(total + u)) if u > 0 else f32(0.0)
             for r in range(4):
                 source = u32((lane & u32(28)) + r)
@@ -444,9 +475,9 @@ def make_kernel(head_dim, v_head_dim, dtype, skip, with_gap):
             row = i32(row0 + i32(row_here) + 16 * i)
             if row < rows_out:
                 for c in range(v_width // 8):
-                    ld_shared_128(votes, u32(source + u32((16 * i * v_width + 8 * c) * 16)))
+                    ld_shared_128(words, u32(source + u32((16 * i * v_width + 8 * c) * 16)))
                     at = (batch, i32(q_first + row), head, i32(8 * chunk + 64 * c))
-                    st_global_128(global_address(out, at), votes)
+                    st_global_128(global_address(out, at), words)
 
         # --- tiles that were not visited, or on which the dense build has no vote
         for tile in range(i32(thread), i32(state.shape[3]), THREADS):

@@ -36,6 +36,7 @@ from cuda_kernels.blocks.prefill_wgmma import BOX, THREADS, stages
 from cuda_kernels.fragments import (
     exp2_rows,
     fill,
+    finite,
     pack_rows,
     quad_max,
     quad_sum,
@@ -143,12 +144,6 @@ def after(stage, parity, depth):
     """Return the stage of a ring that follows, and the parity of its phase."""
     last = stage == u32(depth - 1)
     return (u32(0) if last else u32(stage + u32(1))), (u32(parity ^ u32(1)) if last else parity)
-
-
-@fragment
-def finite(x):
-    """Return 0 for −∞: subtracting it from −∞ leaves that."""
-    return x if x > f32(-math.inf) else f32(0.0)
 
 
 @fragment

@@ -3,10 +3,10 @@
 from cuda_kernels.blocks.grid import KEYS, ROWS
 
 THREADS = 128
-HALF = 4 * ROWS  # bytes of the running maxima of one half of the keys
+HALF = 4 * ROWS  # bytes of a number for every row, of one half of the keys
 SLOT = 16 * THREADS  # bytes of four numbers a thread
 
 
 def shared_bytes(head_dim: int, v_head_dim: int) -> int:
     """Dynamic shared memory of a block: Q, K, V, and what warps and threads leave there."""
-    return 2 * (ROWS * head_dim + KEYS * head_dim + KEYS * v_head_dim) + 2 * HALF + 256 + 2 * SLOT
+    return 2 * (ROWS * head_dim + KEYS * head_dim + KEYS * v_head_dim) + 4 * HALF + 128 + 2 * SLOT
