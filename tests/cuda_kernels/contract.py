@@ -24,7 +24,12 @@ def rounded(x, dtype):
 
 
 def low_precision(q, k, v, tiles, scale, dtype):
-    """Attention of one request with weights and output rounded to ``dtype``: a rough one."""
+    """Attention of one request with weights and output rounded to ``dtype``: a rough one.
+
+    A kernel's weights are relative to whatever maximum it keeps.  So the largest of a row is not 1,
+    which would be exact, but the number after it that rounding changes most.
+    """
+    worst = np.float32(1 + {"float16": 2.0**-11, "bfloat16": 2.0**-8, "float32": 0.0}[dtype])
     out = np.zeros((q.shape[0], q.shape[1], v.shape[2]), np.float32)
     for h in range(q.shape[0]):
         kv = h // (q.shape[0] // k.shape[0])
@@ -34,7 +39,7 @@ def low_precision(q, k, v, tiles, scale, dtype):
         kept = ~tiles.skipped[h].repeat(rows, 0).repeat(keys, 1)[: s.shape[0], : s.shape[1]]
         s[~(seen & kept)] = -np.inf
         m = s.max(axis=1, keepdims=True)
-        p = np.exp(s - np.where(np.isfinite(m), m, 0))
+        p = worst * np.exp(s - np.where(np.isfinite(m), m, 0))
         weights = rounded(p, dtype)
         l = np.maximum(p.sum(axis=1, keepdims=True), np.finfo(np.float32).tiny)
         out[h] = weights @ v[kv].astype(np.float32) / l
