@@ -2,9 +2,9 @@
 
 One thread block is one vote group of one head: 64 query rows.  Its four warps split a tile of
 scores 2 × 2: each has 32 rows against 64 of the tile's 128 keys, so that a fragment of K or V,
-once loaded, serves two products.  A warp keeps maxima, sums and output of its own half of the
-keys; the halves are merged once, at the end, as two splits of a KV cache would be.  Two blocks
-share a multiprocessor, so that one waits for memory while the other computes.
+once loaded, serves two products.  A warp keeps sums and output of its own half of the keys; the
+halves are merged once, at the end, as two splits of a KV cache would be.  Two blocks share a
+multiprocessor, so that one waits for memory while the other computes.
 
     copies    K₀  V₀      K₁  V₁      K₂                one stage each
     warps        S=QKᵀ vote p·PV   S=QKᵀ vote   S=QKᵀ   (V₁ was skipped)
@@ -12,11 +12,20 @@ share a multiprocessor, so that one waits for memory while the other computes.
 The vote is an AND over rows *and* columns, so every thread votes on the maxima of its own columns;
 the shuffles that complete a row's maximum stand on the kept path only.  It compares with the
 maxima of both halves, which warps leave for each other in shared memory, and its barrier is the
-one that V's arrival needs anyway.  Infinities are meant as such, so the kernel is compiled without
-the fast-math promise that there are none.
+one that V's arrival needs anyway.  The last 32 verdicts are bits of a word; then 32 threads
+write them, one each.  Infinities are meant as such, so the kernel is compiled without the fast-math
+promise that there are none.
 
-Registers are the scarce thing (255, of which output and scores take 192): running maxima, sums and
-bounds lie in shared memory between tiles, and what little else a thread needs is computed ``anew``.
+Weights are relative to a maximum that lags behind (FlashAttention-4's conditional rescaling): each
+half of the keys has its own, raised only where a score exceeds it by a factor of 2⁸ in weight.
+Until then nothing that was summed is to be scaled, and a row's maximum need not be complete.
+Weights up to 2⁸ are as exact as others.  Votes are on the true running maximum, and what bounds a
+skipped tile's weight is relative to that: to the one of a half whose own keys are all faint, it may
+be too large for a float32.  In the dense build, which has no verdict to wait for, the first 16
+keys' weights are made while V arrives.
+
+Registers are the scarce thing (255, of which output and scores take 192): maxima, sums and bounds
+lie in shared memory between tiles, and what little else a thread needs is computed ``anew``.
 """
 
 import math
@@ -256,8 +265,8 @@ def make_kernel(head_dim, v_head_dim, dtype, skip, with_gap):
         t = cuda.local.array(4, f32)  # of each of the thread's 4 rows: tile max in its columns,
         m = cuda.local.array(4, f32)  # running max of all keys,
         l = cuda.local.array(4, f32)  # running sum in its columns,
-        top = cuda.local.array(4, f32)  # what its half's weights are relative to, as a power of two,
-        zero = cuda.local.array(4, f32)  # and that with 0 for −∞
+        top = cuda.local.array(4, f32)  # 2**top is what its weights are relative to;
+        zero = cuda.local.array(4, f32)  # top with 0 for −∞
         alpha = cuda.local.array(4, f32)
         x = cuda.local.array(4, f32)  # for what is exchanged
         fill(acc[0], v_blocks, 0.0)
@@ -358,7 +367,11 @@ def make_kernel(head_dim, v_head_dim, dtype, skip, with_gap):
                 load_rows(k_tile, k_rows, key, k_step, i32(lk - key), KEYS, width, thread)
             cp_async_commit()
             if skip:
+                if with_gap:  # this build has a register less for it: beside u, then
+                    history = ld_shared_32(u32(my_bound + 8))
                 history = u32(u32(history + history) + skipped)
+                if with_gap:
+                    st_shared_32(u32(my_bound + 8), history)
                 if u32(step) & u32(31) == 31 or i32(step + 1) == n:  # a thread writes one of them
                     last = i32(i32(step & ~31) + i32(anew(thread)))
                     if last <= step:
@@ -371,8 +384,8 @@ def make_kernel(head_dim, v_head_dim, dtype, skip, with_gap):
                             seen = count_visible(s[r // 2], blocks, 2 * (r % 2))
                         weight = ex2(f32((t[r] - m[r]) * scale_log2))
                         t[r] = f32(seen * weight) if seen > 0 else f32(0.0)
-                    # of row quad_lane: u, relative to the maximum x[1] of all keys: top of a half
-                    # may be as far below that of the other as can be, and 2**x overflow
+                    # of row quad_lane: u, relative to the maximum x[1] of all keys, not to 2**top:
+                    # that of this half may lie below by so much that the weight overflows
                     ld_shared_4f(x, my_bound)
                     now = pick(m, quad_lane)
                     older = f32(x[0] * ex2(f32((x[1] - now) * scale_log2)))
@@ -444,7 +457,7 @@ def make_kernel(head_dim, v_head_dim, dtype, skip, with_gap):
             u = f32(u * ex2(f32(u_m * scale_log2 - highest))) if u > 0 else f32(0.0)
             row = i32(row0 + i32(row_of(thread) + 8 * quad_lane))
             if row < rows_out:
-                seen = f32(highest / f32(LOG2_E) + math.log(total))
+                seen = f32(highest * f32(1 / LOG2_E) + math.log(total))
                 lse[batch, head, q_first + row] = seen if total > 0 else f32(minus_infinity)
                 bound[batch, head, q_first + row] = u * rcp(f32(total + u)) if u > 0 else f32(0.0)
             for r in range(4):
@@ -469,6 +482,7 @@ def make_kernel(head_dim, v_head_dim, dtype, skip, with_gap):
                     two = pack(acc[i, block, c], acc[i, block, c + 1], dtype)
                     st_shared_32(u32(u32(to ^ u32(block % 8 * 16)) + u32(block // 8 * 128)), two)
         cuda.syncthreads()
+        q_first = i32(ld_shared_32(u32(verdicts + 20)))  # again: a register less until here
         row_here, chunk = u32(thread >> u32(3)), u32(thread & u32(7))
         source = u32(base + (row_here * v_width + (chunk ^ (row_here & u32(7)))) * 16)
         for i in range(ROWS // 16):

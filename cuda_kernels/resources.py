@@ -99,19 +99,15 @@ def _mma(
     claimed: tuple[str, ...] = ARCHITECTURES if head_dim <= 128 else ("sm_80", "sm_90a", "sm_100a")
     if gap or dtype == "f16":
         claimed = ("sm_90a",)
-    for architectures in (tuple(a for a in claimed if a != "sm_120a"), ("sm_120a",)):
-        if set(architectures) <= set(claimed):
-            yield Configuration(
-                name=f"prefill_mma {_words(head_dim, v_head_dim, dtype, skip, gap)}",
-                factory="cuda_kernels.prefill_mma:make_kernel",
-                arguments=(head_dim, v_head_dim, ("f16", "bf16").index(dtype), skip, gap),
-                signature=SIGNATURE,
-                shared_bytes=shared_bytes(head_dim, v_head_dim),
-                opcodes=("HMMA", "LDSM", "LDGSTS", "MUFU.EX2") + ("VOTE",) * skip,
-                # sm_120a is a few registers short: the table shows what it spills
-                in_registers=architectures != ("sm_120a",),
-                architectures=architectures,
-            )
+    yield Configuration(
+        name=f"prefill_mma {_words(head_dim, v_head_dim, dtype, skip, gap)}",
+        factory="cuda_kernels.prefill_mma:make_kernel",
+        arguments=(head_dim, v_head_dim, ("f16", "bf16").index(dtype), skip, gap),
+        signature=SIGNATURE,
+        shared_bytes=shared_bytes(head_dim, v_head_dim),
+        opcodes=("HMMA", "LDSM", "LDGSTS", "MUFU.EX2", "VOTE"),
+        architectures=claimed,
+    )
 
 
 def _wgmma(

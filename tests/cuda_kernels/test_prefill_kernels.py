@@ -107,17 +107,18 @@ def test_emulated_windows_and_unequal_lengths(sizes, lengths, own, window, causa
 
 
 @pytest.mark.parametrize(
-    ("levels", "threshold", "skipped"),
+    ("rows", "levels", "threshold", "skipped"),
     [
-        ([0, 3, -10, 5, 16, 13, 4, 30], 0.0, []),
-        ([0, 3, -10, 5, 16, 13, 4, 30], 0.02, [2, 6]),
-        ([0, -1, 8], 0.6, [1]),  # what was left out is nothing beside what came after
+        (70, [0, 3, -10, 5, 16, 13, 4, 30], 0.0, []),
+        (70, [0, 3, -10, 5, 16, 13, 4, 30], 0.02, [2, 6]),
+        (5, [0, -10] * 17, 0.02, [*range(1, 34, 2)]),  # more verdicts than a word has bits
+        (70, [0, -1, 8], 0.6, [1]),  # what was left out is nothing beside what came after
     ],
 )
-def test_emulated_maxima_that_rise(levels, threshold, skipped, backend):
+def test_emulated_maxima_that_rise(rows, levels, threshold, skipped, backend):
     """Key tiles that score ever more, by a little and by a lot, and some that are faint."""
     rng = np.random.default_rng(5)
-    q, k, v = (0.3 * rng.standard_normal((1, n, 1, 64)) for n in (70, *[128 * len(levels)] * 2))
+    q, k, v = (0.3 * rng.standard_normal((1, n, 1, 64)) for n in (rows, *[128 * len(levels)] * 2))
     q[..., 0] = 8.0
     k[0, :, 0, 0] = np.repeat(levels, 128)
     tensors = [x.astype(np.float16) for x in (q, k, v)]
