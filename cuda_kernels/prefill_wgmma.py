@@ -14,7 +14,9 @@ Within a group the product with V lags one tile behind, beside this tile's expon
 while the next Q·K runs: the verdict is written, a skipped tile's weight is bounded, and its stage
 of V let go.
 
-**A vote** is one barrier of the group's 128 threads, each with the maxima of its own columns.
+**A vote** is a word of each of the group's warps, and one barrier.  Threads vote on the maxima of
+their own columns.  (``bar.red`` would do without the words; but two groups that vote at a time, and
+differ, may have hung in it: see ``results/log.md``.)
 
 **Weights are relative to a maximum that lags behind**: it is raised only where a score exceeds it
 by a factor of 2⁸ in weight.  Until then nothing that was summed is to be scaled; weights up to 2⁸
@@ -46,7 +48,6 @@ from cuda_kernels.fragments import (
 from cuda_kernels.ptx.language import (
     K_MAJOR,
     MN_MAJOR,
-    bar_red_and,
     bar_sync,
     cuda,
     ex2,
@@ -57,6 +58,7 @@ from cuda_kernels.ptx.language import (
     fragment,
     i32,
     k_major,
+    ld_shared_32,
     mark_tile,
     mbarrier_arrive,
     mbarrier_arrive_expect_tx,
@@ -282,6 +284,7 @@ def make_kernel(head_dim, v_head_dim, dtype, skip, with_gap):
             upper_row = i32(row0 + i32(warp * u32(16) + (lane >> u32(2))))
             lower_row = i32(upper_row + 8)
             q_tile = k_major(u32(base + u32(group) * u32(BOX // 2)))
+            votes = u32(v_empty + 8 * depth + group * 32)  # of each warp, on this tile and the last
             s = cuda.local.array((blocks, 4), f32)  # [64 rows, 128 keys]
             p = cuda.local.array((pairs, 4), u32)  # of the tile before: [64 rows, 128 keys]
             acc = cuda.local.array((v_blocks, 4), f32)  # [64 rows, Dv]
@@ -358,8 +361,14 @@ def make_kernel(head_dim, v_head_dim, dtype, skip, with_gap):
                         highest = fmax(highest, shfl_bfly_f32(highest, u32(1 << i)))
                     if lane == 0 and exists:
                         cuda.atomic.max(gap, (batch, head, vote_group, j), highest)
-                if skip:  # vote_all tells ptxas that the warp shares the verdict
-                    skipped = vote_all(bar_red_and(u32(VOTE + group), 128, u32(rise < lam)))
+                if (
+                    skip
+                ):  # words in two places: who is quick may write the next before all have read
+                    agrees, said = vote_all(u32(rise < lam)), u32(votes + u32(step & 1) * u32(16))
+                    if lane == 0:
+                        st_shared_32(u32(said + warp * u32(4)), agrees)
+                    bar_sync(u32(VOTE + group), 128)
+                    skipped = vote_all(ld_shared_32(u32(said + (lane & u32(3)) * u32(4))))
 
                 if skipped == 0:  # --- online softmax
                     over = fmax(f32(minus_infinity), f32(t_upper * scale_log2 - top_upper))
