@@ -35,9 +35,9 @@ print(f"kernels in this notebook are {where}")
 # %% [markdown]
 # ## Choose a back end
 #
-# `backend=None` takes the best kernel for GPU and arguments: `wgmma` on Hopper, `mma` from Ampere
-# on, `simt` for what those do not take; the report names it. Where one that is asked for cannot
-# run, the door says why in one sentence, and takes no other in its place.
+# `backend=None` takes the best kernel for GPU and arguments: `mma` from Ampere on, `simt` for what
+# that does not take; the report names it. `wgmma`, for Hopper, must be asked for (README). Where
+# one that is asked for cannot run, the door says why in a sentence, and takes no other instead.
 
 # %%
 for name, what in BACKENDS.items():

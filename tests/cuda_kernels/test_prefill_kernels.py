@@ -7,7 +7,7 @@ from cases import MMA_CASES, Case
 from run_cases import run
 
 from cuda_kernels import detect, skip_softmax_attention, skip_softmax_plan
-from cuda_kernels.backends import HOPPER, TENSOR_CORE_BACKENDS
+from cuda_kernels.backends import HOPPER, TENSOR_CORE_BACKENDS, best_tensor_cores
 
 
 def name(case):
@@ -274,7 +274,7 @@ def test_arrays_that_tma_does_not_take_are_for_mma_on_the_gpu(cupy):
     contract.check(case, (q, k, v), *(cupy.asnumpy(x) for x in (out, *fields)))
     on_gpu[1] = cupy.ascontiguousarray(on_gpu[1])
     _, usual = skip_softmax_attention(*on_gpu, **settings)
-    assert usual.backend == ("wgmma" if detect().compute_capability == HOPPER else "mma")
+    assert usual.backend == best_tensor_cores(detect())
 
 
 @needs_gpu
