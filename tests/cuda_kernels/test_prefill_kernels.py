@@ -6,8 +6,10 @@ import pytest
 from cases import MMA_CASES, Case
 from run_cases import run
 
+import sim
 from cuda_kernels import detect, skip_softmax_attention, skip_softmax_plan
 from cuda_kernels.backends import HOPPER, TENSOR_CORE_BACKENDS, best_tensor_cores
+from sim.workloads import WORKLOADS
 
 
 def name(case):
@@ -275,6 +277,23 @@ def test_arrays_that_tma_does_not_take_are_for_mma_on_the_gpu(cupy):
     on_gpu[1] = cupy.ascontiguousarray(on_gpu[1])
     _, usual = skip_softmax_attention(*on_gpu, **settings)
     assert usual.backend == best_tensor_cores(detect())
+
+
+@needs_gpu
+@pytest.mark.timeout(120)
+@pytest.mark.parametrize("workload", ["columns", "scattered"])
+def test_many_blocks_of_prescribed_sparsity_on_the_gpu(workload, cupy, on_gpu):
+    """In ``scattered``, neighbouring groups skip different tiles: a build stood still there."""
+    work = WORKLOADS[workload](8192, 128, 1, sparsity=0.5, causal=False)
+    one = (sim.to_kernel_layout(x).astype(np.float16) for x in (work.q, work.k, work.v))
+    tensors = [cupy.asarray(np.repeat(x, 8, axis=2)) for x in one]
+    settings = {"causal": False, "threshold": 0.01, "return_report": True, "backend": on_gpu}
+    out, report = skip_softmax_attention(*tensors, **settings)
+    assert np.abs(report.sparsity - 0.5).max() < 0.01
+    for _ in range(20):
+        again, other = skip_softmax_attention(*tensors, **settings)
+        assert (other.state == report.state).all()
+        assert (again == out).all()
 
 
 @needs_gpu
