@@ -1,5 +1,7 @@
 """Fragments: what they compute, and that a vectorised body does exactly what its loop does."""
 
+import math
+
 import numpy as np
 import pytest
 
@@ -12,6 +14,7 @@ from cuda_kernels.fragments import (
     exp2_pack,
     exp2_rows,
     fill,
+    finite,
     pack_rows,
     pick,
     quad_max,
@@ -81,6 +84,7 @@ def make_second_kernel(dtype):
                 packed[t, i, r] = bits[i, r]
         fours[t, 0] = pick(m, u32(t & u32(3)))
         fours[t, 1] = quad_scatter_sum(l, u32(t & u32(3)))
+        fours[t, 2] = finite(f32(-math.inf) if t == 0 else f32(t))
         for n in range(0, 16, 2):
             chunks[t, n // 2] = chunk_at(u32(u32(1024) + t * u32(272 - 16 * 16)), n)
 
@@ -89,7 +93,7 @@ def make_second_kernel(dtype):
 
 def run_second(dtype):
     x = np.random.default_rng(1).standard_normal((32, 4, 4)).astype(np.float32)
-    sums, fours = np.full((32, 4), np.nan, np.float32), np.full((32, 2), np.nan, np.float32)
+    sums, fours = np.full((32, 4), np.nan, np.float32), np.full((32, 3), np.nan, np.float32)
     packed, chunks = np.zeros((32, 2, 4), np.uint32), np.zeros((32, 8), np.uint32)
     emulate(make_second_kernel(dtype), 1, 32, x, sums, packed, fours, chunks)
     return x, sums, packed, fours, chunks
@@ -144,6 +148,7 @@ def test_the_other_fragments_against_numpy():
     assert np.array_equal(fours[:, 0], np.arange(32) % 4)
     quads = sums.reshape(8, 4, 4).sum(axis=1).ravel()
     assert np.allclose(fours[:, 1], quads, rtol=1e-6)
+    assert np.array_equal(fours[:, 2], np.arange(32))
     start = 1024 + 16 * np.arange(32)[:, None]
     n = np.arange(0, 16, 2)
     assert np.array_equal(chunks, (start ^ (n & 6) * 16) + (n >> 3) * 128)
