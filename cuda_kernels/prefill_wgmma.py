@@ -361,9 +361,7 @@ def make_kernel(head_dim, v_head_dim, dtype, skip, with_gap):
                         highest = fmax(highest, shfl_bfly_f32(highest, u32(1 << i)))
                     if lane == 0 and exists:
                         cuda.atomic.max(gap, (batch, head, vote_group, j), highest)
-                if (
-                    skip
-                ):  # words in two places: who is quick may write the next before all have read
+                if skip:  # words in two places: who is quick writes the next before all have read
                     agrees, said = vote_all(u32(rise < lam)), u32(votes + u32(step & 1) * u32(16))
                     if lane == 0:
                         st_shared_32(u32(said + warp * u32(4)), agrees)

@@ -503,32 +503,33 @@ def made(library, array=ARRAY, card=0):
     return x
 
 
+NAMES = ("q", "k", "v", "out", "lens")
+
+
 @by_library
 @pytest.mark.parametrize("which", range(5))
 def test_arrays_of_another_form_than_planned_are_refused(library, which):
-    names = ("q", "k", "v", "out", "lens")
-    alike = [made(library, np.zeros_like(ARRAY)) for _ in names]
-    forms = Forms(dict(zip(names, alike, strict=True)))
-    calls = [made(library, np.zeros_like(ARRAY)) for _ in names]
+    alike = [made(library, np.zeros_like(ARRAY)) for _ in NAMES]
+    forms = Forms(dict(zip(NAMES, alike, strict=True)))
+    calls = [made(library, np.zeros_like(ARRAY)) for _ in NAMES]
     assert forms.addresses(*calls) == [layout(x)[1] for x in calls]
     planned = {other: r"\[1, 64, 2, 64\] with strides \[" for other in OTHERS} | {"library": "of"}
     for change, sentence in planned.items():
         other = ARRAY if change == "library" else made(library, **OTHERS[change])
-        with pytest.raises(ValueError, match=f"^{names[which]} must be as planned, {sentence}"):
+        with pytest.raises(ValueError, match=f"^{NAMES[which]} must be as planned, {sentence}"):
             forms.addresses(*calls[:which], other, *calls[which + 1 :])
 
 
 @by_library
 @pytest.mark.parametrize("which", range(5))
 def test_arrays_that_kernels_copy_in_chunks_start_at_16_bytes(library, which):
-    names = ("q", "k", "v", "out", "lens")
-    calls = [made(library, np.zeros_like(ARRAY)) for _ in names]
-    forms = Forms(dict(zip(names, calls, strict=True)))
+    calls = [made(library, np.zeros_like(ARRAY)) for _ in NAMES]
+    forms = Forms(dict(zip(NAMES, calls, strict=True)))
     room = np.zeros(ARRAY.size + 16, np.float16)
     start = (-room.ctypes.data % 16) // 2 + 1
     calls[which] = made(library, room[start : start + ARRAY.size].reshape(ARRAY.shape))
     if which == 4:
         assert forms.addresses(*calls)[4] % 16 == 2
         return
-    with pytest.raises(ValueError, match=f"^{names[which]} must start at a multiple of 16 bytes"):
+    with pytest.raises(ValueError, match=f"^{NAMES[which]} must start at a multiple of 16 bytes"):
         forms.addresses(*calls)
