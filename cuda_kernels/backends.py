@@ -14,18 +14,12 @@ OLDEST = (7, 5)
 """Compute capability of Turing, the oldest that CUDA 13 compiles for."""
 
 BACKENDS = {
-    "wgmma": "tensor-core kernel of TMA and wgmma: Hopper, if asked for, and the emulator",
+    "wgmma": "tensor-core kernel of TMA and wgmma: Hopper, and the emulator",
     "mma": "tensor-core kernel of mma.sync: Ampere and later, and the emulator",
     "simt": "teaching kernel in plain Numba CUDA: any GPU, or Numba's CUDA simulator",
     "reference": "the simulator's NumPy on the CPU",
 }
 """Every back end and what it is, the best first; ``reference`` is never chosen unless asked for."""
-
-TRUSTED = frozenset({"mma"})
-"""Tensor-core back ends that are chosen without being asked for: as they are, they ran on a GPU.
-
-``wgmma`` is not among them: since it last ran there its vote has been changed (``results/log.md``).
-"""
 
 TENSOR_CORES = (8, 0)
 """Compute capability of Ampere, the first with ``cp.async`` and bfloat16."""
@@ -105,7 +99,7 @@ def simulates() -> bool:
 
 
 def best_tensor_cores(device: Device, *, fits_tma: bool = True) -> str:
-    """Name the best trusted tensor-core back end for a GPU; whether that runs any is not asked.
+    """Name the best tensor-core back end for a GPU; whether that runs any is not asked.
 
     Parameters
     ----------
@@ -116,10 +110,10 @@ def best_tensor_cores(device: Device, *, fits_tma: bool = True) -> str:
     Examples
     --------
     >>> [best_tensor_cores(Device("gpu", compute_capability=x)) for x in ((9, 0), (10, 0))]
-    ['mma', 'mma']
+    ['wgmma', 'mma']
     """
     on_hopper = device.kind == "gpu" and device.compute_capability == HOPPER
-    return "wgmma" if "wgmma" in TRUSTED and on_hopper and fits_tma else "mma"
+    return "wgmma" if on_hopper and fits_tma else "mma"
 
 
 def choose(

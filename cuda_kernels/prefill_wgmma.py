@@ -14,9 +14,11 @@ Within a group the product with V lags one tile behind, beside this tile's expon
 while the next Q·K runs: the verdict is written, a skipped tile's weight is bounded, and its stage
 of V let go.
 
-**A vote** is a word of each of the group's warps, and one barrier.  Threads vote on the maxima of
-their own columns.  (``bar.red`` would do without the words; but two groups that vote at a time, and
-differ, may have hung in it: see ``results/log.md``.)
+**A stage of V** is let go by each warp for itself, once it has seen that the copy came: its next
+copy must not end while a warp still waits for this one, whose parity would then have passed by.
+
+**A vote** is one barrier of a group, which ands what its threads say.  They vote on the maxima of
+their own columns.
 
 **Weights are relative to a maximum that lags behind**: it is raised only where a score exceeds it
 by a factor of 2⁸ in weight.  Until then nothing that was summed is to be scaled; weights up to 2⁸
@@ -48,6 +50,7 @@ from cuda_kernels.fragments import (
 from cuda_kernels.ptx.language import (
     K_MAJOR,
     MN_MAJOR,
+    bar_red_and,
     bar_sync,
     cuda,
     ex2,
@@ -58,7 +61,6 @@ from cuda_kernels.ptx.language import (
     fragment,
     i32,
     k_major,
-    ld_shared_32,
     mark_tile,
     mbarrier_arrive,
     mbarrier_arrive_expect_tx,
@@ -216,7 +218,7 @@ def make_kernel(head_dim, v_head_dim, dtype, skip, with_gap):
                 mbarrier_init(u32(k_full + 8 * stage), 1)
                 mbarrier_init(u32(v_full + 8 * stage), 1)
                 mbarrier_init(u32(k_empty + 8 * stage), 2)
-                mbarrier_init(u32(v_empty + 8 * stage), 2)
+                mbarrier_init(u32(v_empty + 8 * stage), 8)
             fence_mbarrier_init()
 
         # --- which rows, and which key tiles either group sees: the longest rows first
@@ -274,7 +276,7 @@ def make_kernel(head_dim, v_head_dim, dtype, skip, with_gap):
             setmaxnreg_inc(240)
             group, lane = uniform((thread >> u32(7)) - u32(1)), u32(thread & u32(31))
             warp, mine = u32((thread >> u32(5)) & u32(3)), u32(thread & u32(127))
-            frees_k, frees_v = mine == 0, mine == 32  # threads of different warps
+            frees_k, frees_v = mine == 0, lane == 0
             row0 = i32(row0 + group * ROWS)
             vote_group = i32(row0 // ROWS)
             exists = row0 >= 0 and vote_group < i32(state.shape[2])
@@ -284,7 +286,6 @@ def make_kernel(head_dim, v_head_dim, dtype, skip, with_gap):
             upper_row = i32(row0 + i32(warp * u32(16) + (lane >> u32(2))))
             lower_row = i32(upper_row + 8)
             q_tile = k_major(u32(base + u32(group) * u32(BOX // 2)))
-            votes = u32(v_empty + 8 * depth + group * 32)  # of each warp, on this tile and the last
             s = cuda.local.array((blocks, 4), f32)  # [64 rows, 128 keys]
             p = cuda.local.array((pairs, 4), u32)  # of the tile before: [64 rows, 128 keys]
             acc = cuda.local.array((v_blocks, 4), f32)  # [64 rows, Dv]
@@ -329,6 +330,7 @@ def make_kernel(head_dim, v_head_dim, dtype, skip, with_gap):
                         u_upper = f32(u_upper + most(seen_upper, t_upper, top_upper, scale_log2))
                         u_lower = f32(u_lower + most(seen_lower, t_lower, top_lower, scale_log2))
                         mbarrier_wait(u32(v_full + 8 * before), before_parity)
+                        sync_warp()
                         if frees_v:
                             mbarrier_arrive(u32(v_empty + 8 * before))
                     if i32(step + 1) < n:
@@ -361,12 +363,8 @@ def make_kernel(head_dim, v_head_dim, dtype, skip, with_gap):
                         highest = fmax(highest, shfl_bfly_f32(highest, u32(1 << i)))
                     if lane == 0 and exists:
                         cuda.atomic.max(gap, (batch, head, vote_group, j), highest)
-                if skip:  # words in two places: who is quick writes the next before all have read
-                    agrees, said = vote_all(u32(rise < lam)), u32(votes + u32(step & 1) * u32(16))
-                    if lane == 0:
-                        st_shared_32(u32(said + warp * u32(4)), agrees)
-                    bar_sync(u32(VOTE + group), 128)
-                    skipped = vote_all(ld_shared_32(u32(said + (lane & u32(3)) * u32(4))))
+                if skip:  # vote_all tells ptxas that the warp shares the verdict
+                    skipped = vote_all(bar_red_and(u32(VOTE + group), 128, u32(rise < lam)))
 
                 if skipped == 0:  # --- online softmax
                     over = fmax(f32(minus_infinity), f32(t_upper * scale_log2 - top_upper))

@@ -194,18 +194,7 @@ def test_a_cpu_tensor_is_not_sent_to_the_gpu_unasked(monkeypatch):
         call(*(torch.from_numpy(x) for x in (Q, K, V)), backend="simt")
 
 
-def test_wgmma_is_not_chosen_before_it_is_trusted():
-    hopper = Device("gpu", "", "Card", (9, 0))
-    assert backends.choose(None, hopper, fits_tensor_cores=True) == "mma"
-    assert backends.choose("wgmma", hopper, fits_tensor_cores=True) == "wgmma"
-
-
-@pytest.fixture
-def all_trusted(monkeypatch):
-    monkeypatch.setattr(backends, "TRUSTED", frozenset(backends.TENSOR_CORE_BACKENDS))
-
-
-def test_choice_of_back_end(all_trusted):
+def test_choice_of_back_end():
     old = Device("too old", "GTX 980 is too old: compute capability 5.2 …")
     turing, ampere, hopper, blackwell = (
         Device("gpu", "", "Card", x) for x in ((7, 5), (8, 0), (9, 0), (10, 0))
@@ -462,7 +451,7 @@ def broadcast(library):
     [((8, 0), "mma", "mma"), ((9, 0), "wgmma", "mma"), ((10, 0), "mma", "mma")],
 )
 def test_both_doors_take_the_best_kernel_for_gpu_and_arrays(
-    planned, library, capability, usual, without_tma, monkeypatch, all_trusted
+    planned, library, capability, usual, without_tma, monkeypatch
 ):
     card = Device("gpu", "", "Card", capability)
     monkeypatch.setattr("cuda_kernels.attention.detect", lambda: card)
