@@ -249,13 +249,14 @@ def make_kernel(head_dim, v_head_dim, dtype, skip, with_gap):
                 for step in range(n):
                     key = i32(tile_of(order, step, first, n) * KEYS)
                     tile, arrived = u32(v_base + stage * u32(v_bytes)), u32(v_full + 8 * stage)
-                    mbarrier_wait(u32(v_empty + 8 * stage), u32(parity ^ u32(1)))
-                    if i32(key + KEYS) <= lk:
-                        if lane == 0:
-                            load_tile(tile, v, arrived, v_boxes, batch, i32(k_first + key), kv_head)
-                    else:  # rows behind the last key may hold anything, and 0 · NaN is NaN
-                        if lane == 0:
-                            load_tile(tile, v, v_raw, v_boxes, batch, i32(k_first + key), kv_head)
+                    whole = i32(key + KEYS) <= lk
+                    if lane == 0:
+                        mbarrier_wait(u32(v_empty + 8 * stage), u32(parity ^ u32(1)))
+                        load_tile(
+                            tile, v, arrived if whole else v_raw, v_boxes,
+                            batch, i32(k_first + key), kv_head,
+                        )  # fmt: skip
+                    if not whole:  # rows behind the last key may hold anything, and 0 · NaN is NaN
                         mbarrier_wait(v_raw, u32(0))
                         zeros = cuda.local.array(4, u32)
                         for i in range(4):
@@ -328,8 +329,8 @@ def make_kernel(head_dim, v_head_dim, dtype, skip, with_gap):
                             verdicts[u32(j_before)] = u8(2)
                         u_upper = f32(u_upper + most(seen_upper, t_upper, top_upper, scale_log2))
                         u_lower = f32(u_lower + most(seen_lower, t_lower, top_lower, scale_log2))
-                        mbarrier_wait(u32(v_full + 8 * before), before_parity)
                         if frees_v:
+                            mbarrier_wait(u32(v_full + 8 * before), before_parity)
                             mbarrier_arrive(u32(v_empty + 8 * before))
                     if i32(step + 1) < n:
                         mbarrier_wait(u32(k_full + 8 * stage), parity)
