@@ -251,13 +251,14 @@ def make_kernel(head_dim, v_head_dim, dtype, skip, with_gap):
                 for step in range(n):
                     key = i32(tile_of(order, step, first, n) * KEYS)
                     tile, arrived = u32(v_base + stage * u32(v_bytes)), u32(v_full + 8 * stage)
-                    mbarrier_wait(u32(v_empty + 8 * stage), u32(parity ^ u32(1)))
-                    if i32(key + KEYS) <= lk:
-                        if lane == 0:
-                            load_tile(tile, v, arrived, v_boxes, batch, i32(k_first + key), kv_head)
-                    else:  # rows behind the last key may hold anything, and 0 · NaN is NaN
-                        if lane == 0:
-                            load_tile(tile, v, v_raw, v_boxes, batch, i32(k_first + key), kv_head)
+                    whole = i32(key + KEYS) <= lk
+                    if lane == 0:
+                        mbarrier_wait(u32(v_empty + 8 * stage), u32(parity ^ u32(1)))
+                        load_tile(
+                            tile, v, arrived if whole else v_raw, v_boxes,
+                            batch, i32(k_first + key), kv_head,
+                        )  # fmt: skip
+                    if not whole:  # rows behind the last key may hold anything, and 0 · NaN is NaN
                         mbarrier_wait(v_raw, u32(0))
                         zeros = cuda.local.array(4, u32)
                         for i in range(4):

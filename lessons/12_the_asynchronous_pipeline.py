@@ -74,8 +74,8 @@ prediction = None  # PREDICT: per cent of the time of exponentials in which prod
 # First wait until the stage is empty. Tile j needs the phase *before* phase j // STAGES of `empty`,
 # and the one before phase 0 has parity 1 and counts as ended. Then as with Q; the row comes first.
 #
-# **2. Skip.** No exponentials, no P·V; but the copy of V is under way, and its phase passes with us
-# or without us. Wait for it all the same. Then one thread of the group says: empty.
+# **2. Skip.** No exponentials, no P·V; but V is on its way. One thread of the group waits for it,
+# then says: empty. No other waits: it might look too late, when the stage is full again.
 #
 # **3. Multiply.** `begin_qk` (it is the real kernel's) returns at once. Wait for the product with
 # `wgmma_wait(0, s, KEYS)`. Then one thread of the group says that K's stage is empty.

@@ -463,8 +463,8 @@ def check_pipeline(fn: Callable[..., Any], strict: bool | None = None) -> bool:
             "stage is let go behind wgmma_wait, by one thread of each group"
         )
         leave = (
-            "leave_out: all wait at full for `parity`, then one thread arrives at empty; or V's "
-            "stage is filled again too early, or never"
+            "leave_out: one thread waits at full for `parity` and arrives at empty; or V's stage "
+            "is filled again too early, or never, or before all have waited"
         )
         for seed, (tiles, first, second, hint) in enumerate(
             [(3, [], [], ring), (5, [1, 2, 4], [1, 3], leave)]

@@ -3,17 +3,23 @@
 A copy ends on the model's clock.  What it brings is poison to a thread that has not waited for the
 phase it counts for, however early it may have landed: whether a wait was forgotten does not depend
 on the schedule.  Early, a copy reads its source and writes when it begins; late, when it ends.
+
+A wait names a parity, so it must be over before the next phase ends: later, it would be for the
+phase after that.  Whether one may come too late does not depend on the schedule either: whoever has
+waited must have arrived somewhere since, and by a chain of arrivals and waits that comes before
+the next phase's end.  A product does as well that the thread has issued since and that another of
+its warpgroup has waited for: it needs all of them.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from cuda_kernels.emulator import timing
-from cuda_kernels.emulator.errors import EmulationError, Site, describe_site
+from cuda_kernels.emulator.errors import EmulationError, Site, describe_site, ranges
 from cuda_kernels.ptx.tensor_map import SWIZZLED, TensorMap
 
 if TYPE_CHECKING:
@@ -21,6 +27,18 @@ if TYPE_CHECKING:
 
 POLL = 100.0  # cycles that a try_wait suspends its thread
 POLLS = 20_000  # of one phase, after which it is taken for a deadlock
+
+
+class Waited(NamedTuple):
+    """A thread's wait for a phase, which has ended.
+
+    ``clock`` is the thread's, ``products`` the number that it had issued.
+    """
+
+    thread: Thread
+    clock: int
+    products: int
+    site: Site
 
 
 class MBarrier:
@@ -40,6 +58,7 @@ class MBarrier:
         self.fenced = False  # whether copies may use it
         self.waiting: list[Thread] = []
         self.polls = 0
+        self._waited: list[Waited] = []  # for the last phase that has ended
         self.last_copy: tuple[int, int, Site] | None = None  # phase, thread, place
         self.actor = block.shared.add_actor(self.describe)
         self._shared = block.shared
@@ -74,8 +93,35 @@ class MBarrier:
             np.maximum(self._fence, self._shared.fenced[thread.number], out=self._fence)
         self._shared.seen[thread.number, thread.number] += 1
 
+    def pass_wait(self, threads: list[Thread]) -> None:
+        """Threads have waited for the last phase: they see what it brought."""
+        seen = self._shared.seen
+        self._shared.acquire([t.number for t in threads], self.known, self.known_fence)
+        self._waited += [Waited(t, seen[t.number, t.number], t.products, t.site) for t in threads]
+
+    def _check_waits(self) -> None:
+        """Report threads whose wait for the last phase need not come before the end of this one."""
+        seen = self._seen
+        late = [
+            wait
+            for wait in self._waited
+            if wait.clock > seen[wait.thread.number]
+            and wait.products >= wait.thread.group.done_as_seen(seen)
+        ]
+        if late:
+            site = late[0].site
+            threads = {wait.thread.number for wait in late if wait.site == site}
+            raise EmulationError(
+                f"phase {self.phase} of the mbarrier at {self.address} may end before threads "
+                f"{ranges(threads)} have waited for the one before it, of parity "
+                f"{self.phase - 1 & 1} ({describe_site(site)}): nothing orders their wait before "
+                "that end, and later they would wait for a phase that has passed"
+            )
+
     def end_phase(self) -> None:
         """Let those who wait see what the phase brought."""
+        self._check_waits()
+        self._waited = []
         self.phase += 1
         self.pending = self.count
         self.ended = self.clock
@@ -95,6 +141,11 @@ class Copy:
         self.thread, self.site = thread, thread.site
         self.barrier, self.phase = barrier, barrier.phase
         self.shared, self.size = shared, size
+
+    def describe(self) -> str:
+        """Say who began it, and where."""
+        thread = self.thread
+        return f"thread {thread.number} of block {thread.block.index}, {describe_site(self.site)}"
 
 
 class Transactions:
@@ -170,7 +221,7 @@ class Transactions:
             self._block.wake([thread], thread.clock + POLL)
             thread.wait()
         if barrier.has_ended(parity):
-            self._block.shared.acquire([thread.number], barrier.known, barrier.known_fence)
+            barrier.pass_wait([thread])
             thread.clock = max(thread.clock, barrier.ended)
         elif until:
             barrier.waiting.append(thread)
@@ -193,9 +244,7 @@ class Transactions:
         # All named the parity of the phase that went on: another's would not have made them wait.
         threads, barrier.waiting = barrier.waiting, []
         if threads:
-            self._block.shared.acquire(
-                [thread.number for thread in threads], barrier.known, barrier.known_fence
-            )
+            barrier.pass_wait(threads)
             self._block.wake(threads, barrier.ended)
 
     # --- loads
@@ -240,11 +289,13 @@ class Transactions:
         if barrier.phase != copy.phase or (barrier.bytes < 0 and not barrier.pending):
             more = -barrier.bytes if barrier.phase == copy.phase else copy.size
             raise EmulationError(
-                f"thread {copy.thread.number} of block {self._block.index}, "
-                f"{describe_site(copy.site)}: wrong expect_tx: the copies of phase {copy.phase} of "
-                f"the mbarrier at {barrier.address} bring {more} bytes more than it expects"
+                f"{copy.describe()}: wrong expect_tx: the copies of phase {copy.phase} of the "
+                f"mbarrier at {barrier.address} bring {more} bytes more than it expects"
             )
-        self._complete(barrier)
+        try:
+            self._complete(barrier)
+        except EmulationError as error:
+            raise EmulationError(f"{copy.describe()}: {error}") from None
 
     def _land(self, shared: int, data: NDArray[np.uint8]) -> None:
         self._block.shared.bytes[shared : shared + len(data)] = exchanged(shared, data)

@@ -80,6 +80,10 @@ class Warpgroup:
             return f"a product of {self.warps}"
         return f"{who} has seen no wgmma_wait for it"
 
+    def done_as_seen(self, seen: NDArray[np.int64]) -> int:
+        """Return how many products are done, as far as one knows who has ``seen`` so much."""
+        return int(seen[self._actor]) if 0 < self._actor < len(seen) else 0
+
     # --- products
 
     def issue(self, thread: Thread, made: Instruction, args: tuple[Any, ...]) -> None:

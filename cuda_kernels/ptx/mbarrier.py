@@ -4,7 +4,10 @@ A barrier is 8 bytes, aligned so.  It goes through phases 0, 1, 2, …; one ends
 have arrived as it was initialised for and as many bytes as they said to expect have come.  Whoever
 waits names the *parity* of a phase, and the wait is over when the phase of that parity which came
 last before the present one, has ended: a thread that leaves out a wait may therefore pass the next
-one too early.  On a new barrier, parity 1 passes at once.
+one too early; and one that comes to wait when the next phase has ended, too, waits for the phase
+after that, perhaps for ever.  So whoever lets the next phase end does it after all waits for this
+one: behind a barrier of all who wait, or as the only one who does.  On a new barrier, parity 1
+passes at once.
 """
 
 from __future__ import annotations

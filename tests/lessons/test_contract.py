@@ -214,6 +214,12 @@ WRONG = [
     ("12_the_asynchronous_pipeline", "mbarrier_wait(full, parity)\n", "\n", "too early"),
     (
         "12_the_asynchronous_pipeline",
+        "    if cuda.threadIdx.x % 128 == 0:\n        mbarrier_wait(full, parity)\n",
+        "    mbarrier_wait(full, parity)\n    if cuda.threadIdx.x % 128 == 0:\n",
+        "one thread waits",
+    ),
+    (
+        "12_the_asynchronous_pipeline",
         "mbarrier_arrive(empty)\n    # END",
         "pass\n    # END",
         "never",

@@ -53,7 +53,7 @@ from cuda_kernels.ptx.language import (
 BOX = (64, 64)
 TILE_BYTES = 8192
 TILES = 6
-SKIPS = ("unwaited phase", "unwaited, in time", "skip that waits")
+SKIPS = ("unwaited phase", "unwaited, in time", "skip that all wait for", "skip that one waits for")
 
 
 @fragment
@@ -119,7 +119,8 @@ def ring(fault):
                 skipped = j == 1 and fault in SKIPS
                 if fault == "wrong phase":
                     parity = u32(parity ^ 1)
-                if not skipped or fault == "skip that waits":
+                alone = fault == "skip that one waits for" and t == 0
+                if not skipped or alone or fault == "skip that all wait for":
                     mbarrier_wait(u32(full + 8 * stage), parity)  # full
                 if not skipped:
                     if fault != "missing wgmma_fence" or j > 0:
@@ -211,6 +212,60 @@ def stores(fault):
     return kernel
 
 
+def handover(fault):
+    """One thread fills a stage of two, 128 see it, and one of them lets it go for all."""
+
+    def kernel(a, b, out):
+        base = shared_address(cuda.shared.array(0, u8, alignment=1024), 0)
+        barriers = cuda.shared.array(4, u64, alignment=8)
+        full, empty = u32(shared_address(barriers, 0)), u32(shared_address(barriers, 2))
+        t = u32(cuda.threadIdx.x)
+        if t == 0:
+            for stage in range(2):
+                mbarrier_init(u32(full + 8 * stage), 1)
+                mbarrier_init(u32(empty + 8 * stage), 1)
+            fence_mbarrier_init()
+        if t < 128:
+            for i in range(16):
+                st_shared_32(u32(base + 64 * t + 4 * i), u32(0))
+            fence_proxy_async()
+        cuda.syncthreads()
+        d = cuda.local.array(32, f32)
+        clear(d, 32)
+        for j in range(TILES):
+            stage, parity = u32(j & 1), u32((j >> 1) & 1)
+            if t == 128:
+                mbarrier_wait(u32(empty + 8 * stage), u32(parity ^ 1))
+                mbarrier_arrive_expect_tx(u32(full + 8 * stage), TILE_BYTES)
+                place = u32(base + TILE_BYTES * (stage + 1))
+                tma_load_2d(place, b, u32(full + 8 * stage), 64 * j, 0)  # fill
+            elif t < 128:
+                if fault == "barrier before the wait":
+                    bar_sync(1, 128)
+                if fault == "product before the wait":
+                    multiply(d, base)
+                if fault == "one polls for all":
+                    while not mbarrier_try_wait(u32(full + 8 * stage), parity):  # poll
+                        pass
+                else:
+                    mbarrier_wait(u32(full + 8 * stage), parity)  # see
+                if not fault:
+                    bar_sync(1, 128)
+                if fault == "product after the wait":
+                    multiply(d, base)
+                wgmma_wait(0, d, 64)
+                if t == 0:
+                    mbarrier_arrive(u32(empty + 8 * stage))
+
+    return kernel
+
+
+def multiply(d, tile):
+    wgmma_fence()
+    wgmma_ss(d, k_major(tile), k_major(tile), 1, 64, F16, K_MAJOR)
+    wgmma_commit()
+
+
 def dangling(fault):
     def kernel(a, b, out):
         if cuda.threadIdx.x < 64:
@@ -253,6 +308,10 @@ def polling(fault):
 
 
 A_READ = "read of poison: shared address"
+NOT_ORDERED = [
+    "thread 128 ", "@fill", "phase 1 of the mbarrier", "before threads 1–127 have waited",
+    "of parity 0", "a phase that has passed",
+]  # fmt: skip
 FAULTS = [
     (ring, 256, "wrong phase", "product", [
         "warps 4–7", A_READ, "a copy by TMA in phase 0", "@load", "not waited", "parity 0",
@@ -263,8 +322,8 @@ FAULTS = [
     ]),
     (ring, 256, "expects less", "load", ["thread 0 ", "wrong expect_tx", "phase 0", "4096 bytes"]),
     (ring, 256, "expects more", "full", ["deadlock", "1 of 1 arrivals and 8 bytes to come"]),
-    (ring, 256, "unwaited phase", "expect", [
-        "thread 0 ", "one arrival too many", "a wait for the phase before was left out",
+    (ring, 256, "unwaited phase", "empty", [
+        "thread 128 ", "phase 0 of the mbarrier", "before threads 0 have waited", "of parity 1",
     ]),
     (ring, 256, "unwaited, in time", "load", [
         "thread 0 ", "write to shared address", "a copy by TMA in phase 0", "may still fill",
@@ -289,7 +348,12 @@ FAULTS = [
     ]),
     (ring, 256, "no init fence", "load", ["no fence_mbarrier_init", "@init"]),
     (ring, 256, "no barrier after init", "full", ["mbarrier", "@init|no mbarrier"]),
-    (ring, 256, "arrives twice", "again", ["one arrival too many", "1 of 1 arrivals"]),
+    (ring, 256, "arrives twice", "again", [
+        "one arrival too many", "1 of 1 arrivals", "a wait for the phase before was left out",
+    ]),
+    (ring, 256, "skip that all wait for", "load", [
+        "thread 0 ", "phase 1 of the mbarrier", "before threads 129–255 have waited", "@full",
+    ]),
     (half_ring, 128, "one warp does not wait", "first", [
         "warps 0–3", A_READ, "a thread of warps 0–3 has not waited",
     ]),
@@ -307,6 +371,10 @@ FAULTS = [
     (stores, 128, "store at exit", "copy", [
         "thread 0 ", "ends with a store by TMA", "no tma_wait_read",
     ]),
+    (handover, 160, "one arrives for all", "see", NOT_ORDERED),
+    (handover, 160, "barrier before the wait", "see", NOT_ORDERED),
+    (handover, 160, "product before the wait", "see", NOT_ORDERED),
+    (handover, 160, "one polls for all", "poll", NOT_ORDERED),
     (dangling, 128, "dangling", None, ["barrier 3", "64 of 128", "0–63", "nobody waits"]),
     (budgets, 384, "budgets", "take", [
         "deadlock", "threads 256–383|threads 128–255", "232 registers each", "168 × 384",
@@ -352,7 +420,7 @@ def test_fault_is_reported(make, threads, fault, marker, parts, schedule):
         assert re.search(pattern, message), f"no {pattern!r} in: {message}"
 
 
-@pytest.mark.parametrize("make", [ring, half_ring, stores, dangling, budgets, polling])
+@pytest.mark.parametrize("make", [ring, half_ring, stores, handover, dangling, budgets, polling])
 @pytest.mark.parametrize("schedule", ["late", "early", "both"])
 def test_the_same_kernel_without_a_fault_runs(make, schedule):
     threads = next(row[1] for row in FAULTS if row[0] is make)
@@ -367,6 +435,11 @@ def test_the_same_kernel_without_a_fault_runs(make, schedule):
         assert np.array_equal(out[:, 31], exact[row + 8, 56 + column + 1])
 
 
-def test_a_skip_that_waits_is_right():
-    """As attention skips: no product, but the barrier of the tile is waited for all the same."""
-    run(ring, 256, "skip that waits", "both")
+def test_a_skip_that_one_waits_for_is_right():
+    """As attention skips: no product, but who lets the stage go has waited for it."""
+    run(ring, 256, "skip that one waits for", "both")
+
+
+def test_a_product_orders_the_waits_before_it():
+    """Whoever has waited for it knows that all of its warpgroup have issued it."""
+    run(handover, 160, "product after the wait", "both")
