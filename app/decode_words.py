@@ -25,7 +25,7 @@ so all must agree: one head’s veto keeps the tile.
 **Splits.** One request has too few heads to fill a GPU, so its cache is cut among many blocks of
 threads (CTAs). Each has a running maximum of its own. A plain split starts from nothing: it never
 skips its first tile, and may never see the tokens that matter most. A *seeded* split starts at the
-larger row maximum of the first and the newest tile, where nearly every row has its largest score.
+larger row maximum of the first and the newest tile, where most rows have their largest score.
 It costs two tiles of K per split, and gives back nearly everything that splitting loses.
 
 **Sparsity** is skipped ÷ visited tiles of this step.
