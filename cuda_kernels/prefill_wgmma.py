@@ -1,12 +1,12 @@
 """Skip-softmax prefill on Hopper's tensor cores: TMA, mbarriers, specialised warps and ``wgmma``.
 
-A thread block is two neighbouring vote groups of one head.  Its first warpgroup copies: one warp
+A thread block is two neighbouring vote groups of one head.  Its first warpgroup copies: one thread
 K, another V, each as far ahead as its ring of stages lets it.  The other two warpgroups multiply,
 64 query rows each; while one works out exponentials, the tensor cores have the other's products.
 Within a group the product with V lags one tile behind, beside this tile's exponentials:
 
-    K warp     K₀ ─► K₁ ─► K₂ ─► K₃ ─►                 as stages of K become empty
-    V warp     V₀ ─► V₁ ─► V₂ ─►                       as stages of V become empty
+    K          K₀ ─► K₁ ─► K₂ ─► K₃ ─►                 as stages of K become empty
+    V          V₀ ─► V₁ ─► V₂ ─►                       as stages of V become empty
     group 0    QK₀     vote p₀   QK₁ p₀V₀  vote (skip)   QK₂        vote p₂   QK₃ p₂V₂ …
     group 1         QK₀     vote p₀   QK₁ p₀V₀  vote p₁     QK₂ p₁V₁     vote (skip)   …
 
@@ -92,6 +92,7 @@ from cuda_kernels.ptx.language import (
     wgmma_wait,
 )
 from cuda_kernels.tiles import (
+    ASCENDING,
     BOUND_SAFETY,
     LOG2_E,
     columns_seen,
@@ -247,32 +248,33 @@ def make_kernel(head_dim, v_head_dim, dtype, skip, with_gap):
                         batch, i32(k_first + key), kv_head,
                     )  # fmt: skip
                     stage, parity = after(stage, parity, depth)
-            elif thread >= 32 and thread < 64:
+            elif thread == 32:
                 for step in range(n):
                     key = i32(tile_of(order, step, first, n) * KEYS)
                     tile, arrived = u32(v_base + stage * u32(v_bytes)), u32(v_full + 8 * stage)
-                    whole = i32(key + KEYS) <= lk
-                    if lane == 0:
-                        mbarrier_wait(u32(v_empty + 8 * stage), u32(parity ^ u32(1)))
-                        load_tile(
-                            tile, v, arrived if whole else v_raw, v_boxes,
-                            batch, i32(k_first + key), kv_head,
-                        )  # fmt: skip
-                    if not whole:  # rows behind the last key may hold anything, and 0 · NaN is NaN
-                        mbarrier_wait(v_raw, u32(0))
-                        zeros = cuda.local.array(4, u32)
-                        for i in range(4):
-                            zeros[i] = u32(0)
-                        at = u32(u32(lk - key) * u32(128) + lane * u32(16))
-                        while at < BOX:
-                            for box in range(v_boxes):
-                                st_shared_128(u32(tile + at + box * BOX), zeros)
-                            at = u32(at + u32(512))
-                        fence_proxy_async()
-                        sync_warp()
-                        if lane == 0:
-                            mbarrier_arrive(arrived)
+                    mbarrier_wait(u32(v_empty + 8 * stage), u32(parity ^ u32(1)))
+                    if i32(key + KEYS) <= lk:
+                        load_tile(tile, v, arrived, v_boxes, batch, i32(k_first + key), kv_head)
+                    else:
+                        load_tile(tile, v, v_raw, v_boxes, batch, i32(k_first + key), kv_head)
                     stage, parity = after(stage, parity, depth)
+            elif thread >= 64 and thread < 96 and n > 0 and i32(stop * KEYS) > lk:
+                # rows behind the last key may hold anything, and 0 · NaN is NaN
+                stage = u32(u32(n - 1) % u32(depth)) if order == ASCENDING else u32(0)
+                tile, key = u32(v_base + stage * u32(v_bytes)), i32((stop - 1) * KEYS)
+                zeros = cuda.local.array(4, u32)
+                for i in range(4):
+                    zeros[i] = u32(0)
+                mbarrier_wait(v_raw, u32(0))
+                at = u32(u32(lk - key) * u32(128) + lane * u32(16))
+                while at < BOX:
+                    for box in range(v_boxes):
+                        st_shared_128(u32(tile + at + box * BOX), zeros)
+                    at = u32(at + u32(512))
+                fence_proxy_async()
+                sync_warp()
+                if lane == 0:
+                    mbarrier_arrive(u32(v_full + 8 * stage))
         else:  # --- consumers: 64 rows each
             setmaxnreg_inc(240)
             group, lane = uniform((thread >> u32(7)) - u32(1)), u32(thread & u32(31))
