@@ -90,7 +90,6 @@ def skip_softmax_attention(
         slower.  The other back ends always fill it.
     backend : {"wgmma", "mma", "simt", "reference"}, optional
         Default: the best kernel for this GPU that takes these arguments; the report names it.
-        ``wgmma``, for Hopper, must be asked for: its vote has been changed since it ran there.
         ``reference`` is the simulator, on the CPU.
     emulate : bool
         Run a tensor-core kernel's own source on the CPU, thread by thread (``mma``, unless

@@ -35,9 +35,9 @@ print(f"kernels in this notebook are {where}")
 # %% [markdown]
 # ## Choose a back end
 #
-# `backend=None` takes the best kernel for GPU and arguments: `mma` from Ampere on, `simt` for what
-# that does not take; the report names it. `wgmma`, for Hopper, must be asked for (README). Where
-# one that is asked for cannot run, the door says why in a sentence, and takes no other instead.
+# `backend=None` takes the best kernel for GPU and arguments: `wgmma` on Hopper, `mma` from Ampere
+# on and for arrays that TMA does not take, `simt` for the rest; the report names it. Where one that
+# is asked for cannot run, the door says why in a sentence, and takes no other instead.
 
 # %%
 for name, what in BACKENDS.items():
