@@ -4,28 +4,36 @@ One thread block is one vote group of one head: 64 query rows.  Its four warps s
 scores 2 × 2: each has 32 rows against 64 of the tile's 128 keys, so that a fragment of K or V,
 once loaded, serves two products.  A warp keeps sums and output of its own half of the keys; the
 halves are merged once, at the end, as two splits of a KV cache would be.  Two blocks share a
-multiprocessor, so that one waits for memory while the other computes.
+multiprocessor, so that one waits while the other computes.
 
-    copies    K₀  V₀      K₁  V₁      K₂                one stage each
-    warps        S=QKᵀ vote p·PV   S=QKᵀ vote   S=QKᵀ   (V₁ was skipped)
+    tile       0, kept                  1, skipped       2, kept
+    warps    ‖ Q·K₀ᵀ vote  p₀ ‖ p₀·V₀ ‖ Q·K₁ᵀ vote ¦   ‖ Q·K₂ᵀ vote   p₂ ‖ p₂·V₂ ‖ Q·K₃ᵀ …
+    copies     V₀──────────►    K₁──►   V₁──────►   K₂►              V₂──►   K₃──►   V₃──
 
-The vote is an AND over rows *and* columns, so every thread votes on the maxima of its own columns;
-the shuffles that complete a row's maximum stand on the kept path only.  It compares with the
-maxima of both halves, which warps leave for each other in shared memory, and its barrier is the
-one that V's arrival needs anyway.  The last 32 verdicts are bits of a word; then 32 threads
-write them, one each.  Infinities are meant as such, so the kernel is compiled without the fast-math
-promise that there are none.
+K and V have one stage each.  At ‖ all warps wait, for a copy that all have made and for each other;
+at ¦ wait only those that voted to skip.  Copies are begun a few rows after each product, V's among
+those of Q·Kᵀ and the next K's among those of P·V, so that neither holds up the other.  After a
+tile that was skipped, the next may be, too: then V is asked for once the vote has said keep.
+
+The vote is an AND over rows *and* columns, so every thread votes on the maxima of its own columns.
+It compares with the maxima of both halves, which warps leave for each other in shared memory while
+they multiply with V.  A warp leaves its vote there, too, and arrives at the vote's barrier; if it
+says keep, that is the verdict, and the warp need not wait to hear the others: it goes on to the
+first 16 keys' weights while they vote and V arrives.  No vote is overwritten before all have read
+it, as before each tile all warps wait.  The last 32 verdicts are bits of a word; then 32 threads
+write them, one each.  Infinities are meant as such, so the kernel is compiled without the
+fast-math promise that there are none.
 
 Weights are relative to a maximum that lags behind (FlashAttention-4's conditional rescaling): each
 half of the keys has its own, raised only where a score exceeds it by a factor of 2⁸ in weight.
 Until then nothing that was summed is to be scaled, and a row's maximum need not be complete.
 Weights up to 2⁸ are as exact as others.  Votes are on the true running maximum, and what bounds a
 skipped tile's weight is relative to that: to the one of a half whose own keys are all faint, it may
-be too large for a float32.  In the dense build, which has no verdict to wait for, the first 16
-keys' weights are made while V arrives.
+be too large for a float32.
 
-Registers are the scarce thing (255, of which output and scores take 192): maxima, sums and bounds
-lie in shared memory between tiles, and what little else a thread needs is computed ``anew``.
+Registers are the scarce thing (255, of which output and scores take 192): maxima, bounds and, but
+at head_dim 64, sums lie in shared memory between tiles, and what little else a thread needs is
+computed ``anew``.
 """
 
 import math
@@ -40,15 +48,17 @@ from cuda_kernels.fragments import (
     finite,
     pick,
     quad_max,
+    quad_scatter_max,
     quad_scatter_sum,
     row_max,
     scale_rows,
 )
 from cuda_kernels.ptx.language import (
     anew,
+    bar_arrive,
+    bar_sync,
     bits_float,
-    cp_async_16,
-    cp_async_16_zfill,
+    cp_async_16_zfill_if,
     cp_async_commit,
     cp_async_wait,
     cuda,
@@ -90,6 +100,8 @@ from cuda_kernels.tiles import (
     uniform,
 )
 
+SLICES = KEYS // 16  # of 16 rows of K or V
+VOTE = 1  # barrier of the vote; 0 is that of syncthreads
 GROWTH = 8.0  # the maximum that weights are relative to lags behind by less, in powers of two
 SIGNATURE = (  # arrays of any strides: one build serves them all
     "void(int16[:,:,:,:], int16[:,:,:,:], int16[:,:,:,:], int16[:,:,:,:], int32[:,::1], "
@@ -105,28 +117,42 @@ def row_of(thread):
 
 
 @fragment
-def load_rows(shared, source, first, step, left, rows, width, thread):
-    """Begin to copy ``rows`` rows of ``width`` 16-byte chunks; zeros from the row ``left`` on.
+def share_of(thread, shared, first, step, left, width):
+    """Say where a thread's copies of rows go to and come from, and how many rows are left there.
 
-    They are row ``first`` of ``source`` and the next ones, ``step`` bytes apart.  A thread copies
-    chunk thread % 8 and every eighth after it, of row thread // 8 and every sixteenth after it.
+    Rows have ``width`` 16-byte chunks and lie ``step`` bytes apart; from row ``first`` on ``left``
+    are left.  A thread copies chunk thread % 8 and every eighth after it, of row thread // 8 and
+    every sixteenth after it.
     """
     row, chunk = u32(thread >> u32(3)), u32(thread & u32(7))
-    offset = u32(u32(row * step + chunk * 16) + u32(first) * step)
     target = u32(shared + (row * width + (chunk ^ (row & u32(7)))) * 16)
-    if left >= rows:
-        for i in range(rows // 16):
+    return target, u32(u32(row * step + chunk * 16) + u32(first) * step), i32(left - i32(row))
+
+
+@fragment
+def load_slices(share, source, step, width, turn, count, wanted):
+    """Begin to copy, if ``wanted``, ``count`` slices of 16 rows: those whose turn it is, if any.
+
+    Rows of which none are left become zeros.
+    """
+    target, offset, left = share
+    if turn * count < SLICES:
+        for i in range(turn * count, turn * count + count):
+            size = u32(16) if left > i32(16 * i) else u32(0)
+            start = u32(offset + u32(step * u32(16 * i)))
             for c in range(width // 8):
                 to = u32(target + (16 * i * width + 8 * c) * 16)
-                cp_async_16(to, u64(source + u64(offset) + 128 * c))
-            offset = u32(offset + u32(16 * step))
+                cp_async_16_zfill_if(to, u64(source + u64(start) + 128 * c), size, wanted)
+
+
+@fragment
+def load_rows(thread, shared, source, first, step, left, rows, width):
+    """Begin to copy ``rows`` rows, all at once."""
+    target, offset, own = share_of(thread, shared, first, step, left, width)
+    if left >= rows:  # then there is no need to look at each
+        load_slices((target, offset, i32(rows)), source, step, width, 0, rows // 16, u32(1))
     else:
-        for i in range(rows // 16):
-            size = u32(16) if i32(row) + 16 * i < left else u32(0)
-            for c in range(width // 8):
-                to = u32(target + (16 * i * width + 8 * c) * 16)
-                cp_async_16_zfill(to, u64(source + u64(offset) + 128 * c), size)
-            offset = u32(offset + u32(16 * step))
+        load_slices((target, offset, own), source, step, width, 0, rows // 16, u32(1))
 
 
 @fragment
@@ -180,9 +206,13 @@ def first_weights(p, s, acc, l, top, zero, factor, t, scale_log2, tops, writes, 
             st_shared_4f(tops, top)
         scale_rows(acc[0], v_blocks, factor[0], factor[1])
         scale_rows(acc[1], v_blocks, factor[2], factor[3])
-    for r in range(4):
-        zero[r] = finite(top[r])
-    exp2_pack(p, s, l, zero, scale_log2, 0, dtype)
+        for r in range(4):
+            zero[r] = finite(top[r])
+        exp2_pack(p, s, l, zero, scale_log2, 0, dtype)
+    else:  # again: the assembler would put what follows the branch behind the next barrier
+        for r in range(4):
+            zero[r] = finite(top[r])
+        exp2_pack(p, s, l, zero, scale_log2, 0, dtype)
 
 
 @cache
@@ -195,9 +225,10 @@ def make_kernel(head_dim, v_head_dim, dtype, skip, with_gap):
     steps, blocks, v_blocks = head_dim // 16, KEYS // 2 // 8, v_head_dim // 8
     pairs, parts = KEYS // 2 // 16, v_head_dim // 32
     q_bytes, k_bytes, v_bytes = 2 * ROWS * head_dim, 2 * KEYS * head_dim, 2 * KEYS * v_head_dim
-    q_stays = head_dim == 64  # in registers, and so do the running sums where there is room
-    sums_stay = q_stays and not skip
-    q_stages = steps if q_stays else 2
+    stay = head_dim == 64  # Q and the running sums, in registers
+    q_stages = steps if stay else 2
+    # copied after a product, so that all are in the first half of a tile's products
+    v_slices, k_slices = max(1, SLICES // steps), SLICES // (2 * parts)
     compares = skip or with_gap
     minus_infinity = -math.inf
 
@@ -238,10 +269,10 @@ def make_kernel(head_dim, v_head_dim, dtype, skip, with_gap):
         q_rows = global_address(q, (batch, i32(q_first + row0), head, 0))
         k_rows = global_address(k, (batch, k_first, kv_head, 0))
         v_rows = global_address(v, (batch, k_first, kv_head, 0))
-        load_rows(base, q_rows, i32(0), q_step, i32(lq - row0), ROWS, width, thread)
+        load_rows(thread, base, q_rows, i32(0), q_step, i32(lq - row0), ROWS, width)
         if n > 0:
             key = i32(tile_of(order, i32(0), first, n) * KEYS)
-            load_rows(k_tile, k_rows, key, k_step, i32(lk - key), KEYS, width, thread)
+            load_rows(thread, k_tile, k_rows, key, k_step, i32(lk - key), KEYS, width)
         cp_async_commit()
 
         # --- where this lane's rows of 8 × 8 matrices lie
@@ -286,20 +317,29 @@ def make_kernel(head_dim, v_head_dim, dtype, skip, with_gap):
 
         history = u32(0)  # decisions of the last 32 steps, the newest in the lowest bit
         step = i32(-1)
-        while i32(step + 1) < n:
+        while True:
+            if skip and step >= 0 and (u32(step) & u32(31) == 31 or i32(step + 1) == n):
+                last = i32(i32(step & ~31) + i32(anew(thread)))  # a thread writes one of them
+                if last <= step:
+                    decision = u32(u32(history >> u32(step - last)) & u32(1))
+                    state[batch, head, group, tile_of(order, last, first, n)] = u8(1 + decision)
             step = i32(step + 1)
+            if step >= n:
+                break
             j = tile_of(order, step, first, n)
             mark_tile(u32(j))
             cp_async_wait(0)
             cuda.syncthreads()  # K of this tile is there; V of the last one is done with
             key = i32(j * KEYS)
-            load_rows(v_tile, v_rows, key, v_step, i32(lk - key), KEYS, v_width, thread)
-            cp_async_commit()
+            v_share = share_of(anew(thread), v_tile, key, v_step, i32(lk - key), v_width)
+            early = u32(1)
+            if skip:  # where the last tile was skipped, V of this one may not be needed
+                early = u32(u32(~history) & u32(1))
 
             # --- S = Q Kᵀ                                                      s [32 rows, 64 keys]
             fill(s[0], blocks, 0.0)
             fill(s[1], blocks, 0.0)
-            if not q_stays:
+            if not stay:
                 load_q(a[0], q_lane, 0, width)
             elif step == 0:
                 for d in range(steps):
@@ -308,11 +348,14 @@ def make_kernel(head_dim, v_head_dim, dtype, skip, with_gap):
             for d in range(steps):  # while one half is multiplied, the next is being loaded
                 load_k(b[1], k_lane, d, 1, width)
                 multiply(s, a[d % q_stages], b[0], 0, dtype)
+                load_slices(v_share, v_rows, v_step, v_width, 2 * d, v_slices, early)
                 if d + 1 < steps:
-                    if not q_stays:
+                    if not stay:
                         load_q(a[(d + 1) % q_stages], q_lane, d + 1, width)
                     load_k(b[0], k_lane, d + 1, 0, width)
                 multiply(s, a[d % q_stages], b[1], 1, dtype)
+                load_slices(v_share, v_rows, v_step, v_width, 2 * d + 1, v_slices, early)
+            cp_async_commit()
 
             # --- the mask comes first
             masked = (
@@ -327,13 +370,15 @@ def make_kernel(head_dim, v_head_dim, dtype, skip, with_gap):
                     mask_row(s[r // 2], blocks, 2 * (r % 2), column, i32(end - window), end)
 
             # --- the vote, on the maxima of this thread's columns
-            t[0], t[1] = row_max(s[0], blocks)
-            t[2], t[3] = row_max(s[1], blocks)
             my_maxima = u32(maxima + (anew(thread) >> u32(2)) * 16)
-            ld_shared_4f(top, u32(my_maxima + 2 * HALF))
             if compares:
                 ld_shared_4f(m, my_maxima)
                 ld_shared_4f(x, u32(my_maxima ^ u32(HALF)))
+            if skip:
+                limit = bits_float(ld_shared_32(u32(verdicts + 16)))
+            t[0], t[1] = row_max(s[0], blocks)
+            t[2], t[3] = row_max(s[1], blocks)
+            if compares:
                 rise = f32(minus_infinity)
                 for r in range(4):  # fmax leaves out −inf − −inf: a row that has seen nothing yet
                     m[r] = fmax(m[r], x[r])
@@ -345,40 +390,23 @@ def make_kernel(head_dim, v_head_dim, dtype, skip, with_gap):
                     highest = fmax(highest, shfl_bfly_f32(highest, u32(1 << i)))
                 if lane == 0:
                     cuda.atomic.max(gap, (batch, head, group, j), highest)
-            my_tops = u32(my_maxima + 2 * HALF)
-            if not skip:  # the first weights while V arrives
-                if not sums_stay:
-                    ld_shared_4f(l, my_sums)
-                first_weights(
-                    p[0], s, acc, l, top, zero, alpha, t, scale_log2, my_tops, quad_lane == 0,
-                    v_blocks, dtype,
-                )  # fmt: skip
-            cp_async_wait(0)
-            skipped = u32(0)
             if skip:
-                agrees = vote_all(u32(rise < bits_float(ld_shared_32(u32(verdicts + 16)))))
+                skipped = vote_all(u32(rise < limit))
                 if lane == 0:
-                    st_shared_32(u32(verdicts + (thread >> u32(5)) * 4), agrees)
-            cuda.syncthreads()  # V is there, the votes are, and K is done with
-            if skip:
-                skipped = vote_all(ld_shared_32(u32(verdicts + (anew(thread) & u32(3)) * 4)))
-            if i32(step + 1) < n:
-                key = i32(tile_of(order, i32(step + 1), first, n) * KEYS)
-                load_rows(k_tile, k_rows, key, k_step, i32(lk - key), KEYS, width, thread)
-            cp_async_commit()
-            if skip:
-                if with_gap:  # this build has a register less for it: beside u, then
-                    history = ld_shared_32(u32(my_bound + 8))
+                    st_shared_32(u32(verdicts + (thread >> u32(5)) * 4), skipped)
+                if skipped:  # by the others, too?
+                    bar_sync(VOTE, THREADS)  # the votes are there, and K is done with
+                    skipped = vote_all(ld_shared_32(u32(verdicts + (anew(thread) & u32(3)) * 4)))
+                else:
+                    bar_arrive(VOTE, THREADS)  # it is kept, whatever they say
                 history = u32(u32(history + history) + skipped)
-                if with_gap:
-                    st_shared_32(u32(my_bound + 8), history)
-                if u32(step) & u32(31) == 31 or i32(step + 1) == n:  # a thread writes one of them
-                    last = i32(i32(step & ~31) + i32(anew(thread)))
-                    if last <= step:
-                        decision = u32(u32(history >> u32(step - last)) & u32(1))
-                        state[batch, head, group, tile_of(order, last, first, n)] = u8(1 + decision)
-                if skipped:  # all we know of the tile bounds its weight
-                    for r in range(4):
+                if skipped:
+                    if i32(step + 1) < n:
+                        key = i32(tile_of(order, i32(step + 1), first, n) * KEYS)
+                        left = i32(lk - key)
+                        load_rows(anew(thread), k_tile, k_rows, key, k_step, left, KEYS, width)
+                    cp_async_commit()
+                    for r in range(4):  # all we know of the tile bounds its weight
                         seen = f32(2 * blocks)
                         if masked:
                             seen = count_visible(s[r // 2], blocks, 2 * (r % 2))
@@ -393,26 +421,32 @@ def make_kernel(head_dim, v_head_dim, dtype, skip, with_gap):
                     x[0], x[1] = f32(older + quad_scatter_sum(t, quad_lane)), now
                     st_shared_4f(my_bound, x)
                     continue
+                if u32(history & u32(2)):  # the last one was skipped, so V is yet to be asked for
+                    left = i32(lk - key)
+                    load_rows(anew(thread), v_tile, v_rows, key, v_step, left, KEYS, v_width)
+                    cp_async_commit()
 
-            # --- online softmax
-            if compares:
-                for r in range(4):
-                    m[r] = fmax(m[r], quad_max(t[r]))
-                if quad_lane == 0:
-                    st_shared_4f(my_maxima, m)
-            if skip:
+            # --- online softmax: the first weights while V arrives
+            my_tops = u32(my_maxima + 2 * HALF)
+            ld_shared_4f(top, my_tops)
+            if not stay:
                 ld_shared_4f(l, my_sums)
-                first_weights(
-                    p[0], s, acc, l, top, zero, alpha, t, scale_log2, my_tops, quad_lane == 0,
-                    v_blocks, dtype,
-                )  # fmt: skip
+            first_weights(
+                p[0], s, acc, l, top, zero, alpha, t, scale_log2, my_tops, quad_lane == 0,
+                v_blocks, dtype,
+            )  # fmt: skip
+            cp_async_wait(0)
+            cuda.syncthreads()  # V is there, and K is done with
+            more = u32(i32(step + 1) < n)
+            key = i32(tile_of(order, i32(step + 1), first, n) * KEYS)
+            k_share = share_of(anew(thread), k_tile, key, k_step, i32(lk - key), width)
 
             # --- acc += P V, the exponentials one step of 16 keys ahead           acc [32 rows, Dv]
             load_v(b[0], v_lane, 0, 0, v_width)
             for i in range(pairs):
                 if i + 1 < pairs:
                     exp2_pack(p[(i + 1) % 2], s, l, zero, scale_log2, i + 1, dtype)
-                    if i + 2 == pairs and not sums_stay:
+                    if i + 2 == pairs and not stay:
                         st_shared_4f(u32(slots + anew(thread) * 16), l)
                 for c in range(parts):
                     if c + 1 < parts:
@@ -420,14 +454,23 @@ def make_kernel(head_dim, v_head_dim, dtype, skip, with_gap):
                     elif i + 1 < pairs:
                         load_v(b[(c + 1) % 2], v_lane, i + 1, 0, v_width)
                     multiply(acc, p[i % 2], b[c % 2], c, dtype)
+                    load_slices(k_share, k_rows, k_step, width, i * parts + c, k_slices, more)
+                    if compares and i == 0 and c == 0:  # nobody compares with the maxima now
+                        mine = u32(maxima + anew(thread) * 4)  # of row quad_lane
+                        highest = fmax(
+                            bits_float(ld_shared_32(mine)), quad_scatter_max(t, quad_lane)
+                        )
+                        st_shared_32(mine, float_bits(highest))
+            cp_async_commit()
 
         # --- merge the halves of the keys: one leaves what it has, the other takes it up
         cp_async_wait(0)
         cuda.syncthreads()
-        thread = anew(thread)
+        thread = shfl_idx_u32(thread, thread)  # itself; but the assembler, which sees through anew,
+        # does not know that, and so keeps nothing computed from it in a register until here
         my_maxima, my_sums = u32(maxima + (thread >> u32(2)) * 16), u32(slots + thread * 16)
         ld_shared_4f(top, u32(my_maxima + 2 * HALF))
-        if not sums_stay:
+        if not stay:
             ld_shared_4f(l, my_sums)
         x[0], x[1] = f32(0.0), f32(0.0)
         if skip:

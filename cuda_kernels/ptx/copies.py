@@ -37,6 +37,23 @@ def cp_async_16_zfill(shared: int, source: int, size: int) -> None:
     running().copy_async(shared, source, size, 16)
 
 
+@instruction(
+    "{ .reg .pred p; setp.ne.u32 p, $3, 0; "
+    "@p cp.async.cg.shared.global.L2::256B [$0], [$1], 16, $2; }",
+    "r,l,r,r",
+    memory=True,
+)
+def cp_async_16_zfill_if(shared: int, source: int, size: int, wanted: int) -> None:
+    """Begin to copy as :func:`cp_async_16_zfill` does, unless ``wanted`` is 0.
+
+    A predicate, not a branch: the compiler leaves it where it stands, among other instructions.
+
+    PTX ISA: ``cp.async`` with ``src-size``, predicated.
+    """
+    if wanted:
+        running().copy_async(shared, source, size, 16)
+
+
 @instruction("cp.async.commit_group;", memory=True)
 def cp_async_commit() -> None:
     """Close a group: the copies that this thread began since the last commit.

@@ -26,7 +26,13 @@ from cuda_kernels.ptx.compiler import uint8 as u8
 from cuda_kernels.ptx.compiler import uint16 as u16
 from cuda_kernels.ptx.compiler import uint32 as u32
 from cuda_kernels.ptx.compiler import uint64 as u64
-from cuda_kernels.ptx.copies import cp_async_16, cp_async_16_zfill, cp_async_commit, cp_async_wait
+from cuda_kernels.ptx.copies import (
+    cp_async_16,
+    cp_async_16_zfill,
+    cp_async_16_zfill_if,
+    cp_async_commit,
+    cp_async_wait,
+)
 from cuda_kernels.ptx.extrema import fmax
 from cuda_kernels.ptx.fragment import cpu_body, fragment
 from cuda_kernels.ptx.halves import BF16, F16
@@ -113,6 +119,7 @@ __all__ = [
     "bits_float",
     "cp_async_16",
     "cp_async_16_zfill",
+    "cp_async_16_zfill_if",
     "cp_async_commit",
     "cp_async_wait",
     "cpu_body",

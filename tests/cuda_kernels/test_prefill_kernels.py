@@ -133,6 +133,38 @@ def test_emulated_maxima_that_rise(rows, levels, threshold, skipped, backend):
     assert np.flatnonzero(got[1].state[0, 0, 0] == 2).tolist() == skipped
 
 
+KEPT_BY = [4, 0, None, 1, 2, None, None, 3, 0, None]  # a warp, all four, or none, tile by tile
+
+
+def kept_by_one_warp():
+    """Tiles that some rows find strong in half of the keys and others faint: one warp's of ``mma``.
+
+    Warps of rows 0 … 31 are 0 and 2, of keys 0 … 63 of a tile 0 and 1.
+    """
+    rng = np.random.default_rng(7)
+    q, k, v = (0.3 * rng.standard_normal((n, 64)) for n in (64, *[128 * len(KEPT_BY)] * 2))
+    q[:, 0] = 8.0
+    q[:32, 1:3] = [8.0, 0.0]
+    q[32:, 1:3] = [0.0, 8.0]
+    for tile, warp in enumerate(KEPT_BY):
+        keys = k[128 * tile : 128 * (tile + 1)]
+        keys[:, :3] = [0.0 if warp == 4 else -10.0, 0.0, 0.0]
+        if warp is not None and warp < 4:
+            keys[64 * (warp // 2) : 64 * (warp // 2 + 1), 1 + warp % 2] = 10.0
+    return [x[None, :, None].astype(np.float16) for x in (q, k, v)]
+
+
+ONE_WARP = {"threshold": 0.02, "causal": False, "order": "ascending", "return_report": True}
+
+
+def test_emulated_tiles_that_one_warp_keeps(backend):
+    tensors = kept_by_one_warp()
+    got = skip_softmax_attention(*tensors, **ONE_WARP, emulate=True, backend=backend)
+    expected = skip_softmax_attention(*tensors, **ONE_WARP, backend="reference")
+    agree(*got, *expected)
+    assert got[1].state[0, 0, 0].tolist() == [1 if x is not None else 2 for x in KEPT_BY]
+
+
 def test_reference_of_unequal_lengths_is_that_of_each_request():
     _, whole = ragged((64, 64), (130, 200), ([130, 70], [200, 90]))
     settings = {"threshold": 0.5, "backend": "reference", "tile": (8, 16)}
@@ -260,6 +292,18 @@ def test_windows_and_unequal_lengths_on_the_gpu(sizes, lengths, own, window, cau
     expected, reference = skip_softmax_attention(*whole, **settings, backend="reference")
     assert np.array_equal(report.tiles.state, reference.tiles.state)
     np.testing.assert_allclose(cupy.asnumpy(out).astype(float), expected.astype(float), atol=4e-3)
+
+
+@needs_gpu
+def test_tiles_that_one_warp_keeps_on_the_gpu(cupy, on_gpu):
+    tensors = kept_by_one_warp()
+    moved = [cupy.asarray(x) for x in tensors]
+    out, report = skip_softmax_attention(*moved, **ONE_WARP, backend=on_gpu)
+    expected, reference = skip_softmax_attention(*tensors, **ONE_WARP, backend="reference")
+    assert np.array_equal(report.tiles.state, reference.tiles.state)
+    np.testing.assert_allclose(cupy.asnumpy(out).astype(float), expected.astype(float), atol=4e-3)
+    for _ in range(20):
+        assert (skip_softmax_attention(*moved, **ONE_WARP, backend=on_gpu)[0] == out).all()
 
 
 @needs_gpu

@@ -23,6 +23,7 @@ from cuda_kernels.ptx.language import (
     bits_float,
     cp_async_16,
     cp_async_16_zfill,
+    cp_async_16_zfill_if,
     cp_async_commit,
     cp_async_wait,
     cuda,
@@ -218,8 +219,8 @@ def ldmatrix_inputs():
 
 @cuda.jit
 def copies(source, out):
-    """Thread t copies 16 bytes twice: all of them, and t bytes of 16 (t > 16: none)."""
-    memory = cuda.shared.array((2, 32, 16), u8, alignment=16)
+    """Thread t copies 16 bytes, then t bytes of 16 (t > 16: none), then, if t is odd, 16 again."""
+    memory = cuda.shared.array((3, 32, 16), u8, alignment=16)
     t = cuda.threadIdx.x
     words = cuda.local.array(4, u32)
     cp_async_16(shared_address(memory, (0, t, 0)), global_address(source, (t, 0)))
@@ -227,6 +228,13 @@ def copies(source, out):
     size = t if t <= 16 else 0
     row = t if size else 1000
     cp_async_16_zfill(shared_address(memory, (1, t, 0)), global_address(source, (row, 0)), size)
+    third, odd = shared_address(memory, (2, t, 0)), u32(t & 1)
+    row = t if odd else 1000
+    if odd == 0:
+        for i in range(4):
+            words[i] = u32(0)
+        st_shared_128(third, words)
+    cp_async_16_zfill_if(third, global_address(source, (row, 0)), u32(16), odd)
     cp_async_commit()
     cp_async_wait(1)
     ld_shared_128(words, shared_address(memory, (0, t, 0)))
@@ -235,10 +243,13 @@ def copies(source, out):
     cuda.syncthreads()
     ld_shared_128(words, shared_address(memory, (1, 31 - t, 0)))
     st_global_128(global_address(out, (1, 31 - t, 0)), words)
+    ld_shared_128(words, shared_address(memory, (2, 31 - t, 0)))
+    st_global_128(global_address(out, (2, 31 - t, 0)), words)
 
 
 def copies_expected(source):
-    out = np.stack([source, source])
+    out = np.stack([source, source, source])
+    out[2, ::2] = 0
     for t in range(32):
         out[1, t, t if t <= 16 else 0 :] = 0
     return out
@@ -492,7 +503,7 @@ PROBES = [
     ),
     Probe(
         "cp.async", copies, "void(uint8[:,::1], uint8[:,:,::1])",
-        lambda: [words_of(32).view(np.uint8).copy()], lambda: np.full((2, 32, 16), 7, np.uint8),
+        lambda: [words_of(32).view(np.uint8).copy()], lambda: np.full((3, 32, 16), 7, np.uint8),
         copies_expected,
     ),
     Probe(

@@ -18,6 +18,7 @@ from cuda_kernels.fragments import (
     pack_rows,
     pick,
     quad_max,
+    quad_scatter_max,
     quad_scatter_sum,
     quad_sum,
     row_max,
@@ -85,6 +86,9 @@ def make_second_kernel(dtype):
         fours[t, 0] = pick(m, u32(t & u32(3)))
         fours[t, 1] = quad_scatter_sum(l, u32(t & u32(3)))
         fours[t, 2] = finite(f32(-math.inf) if t == 0 else f32(t))
+        for r in range(4):
+            m[r] = f32(x[t, r, 0])
+        fours[t, 3] = quad_scatter_max(m, u32(t & u32(3)))
         for n in range(0, 16, 2):
             chunks[t, n // 2] = chunk_at(u32(u32(1024) + t * u32(272 - 16 * 16)), n)
 
@@ -93,7 +97,7 @@ def make_second_kernel(dtype):
 
 def run_second(dtype):
     x = np.random.default_rng(1).standard_normal((32, 4, 4)).astype(np.float32)
-    sums, fours = np.full((32, 4), np.nan, np.float32), np.full((32, 3), np.nan, np.float32)
+    sums, fours = np.full((32, 4), np.nan, np.float32), np.full((32, 4), np.nan, np.float32)
     packed, chunks = np.zeros((32, 2, 4), np.uint32), np.zeros((32, 8), np.uint32)
     emulate(make_second_kernel(dtype), 1, 32, x, sums, packed, fours, chunks)
     return x, sums, packed, fours, chunks
@@ -149,6 +153,7 @@ def test_the_other_fragments_against_numpy():
     quads = sums.reshape(8, 4, 4).sum(axis=1).ravel()
     assert np.allclose(fours[:, 1], quads, rtol=1e-6)
     assert np.array_equal(fours[:, 2], np.arange(32))
+    assert np.array_equal(fours[:, 3], x[:, :, 0].reshape(8, 4, 4).max(axis=1).ravel())
     start = 1024 + 16 * np.arange(32)[:, None]
     n = np.arange(0, 16, 2)
     assert np.array_equal(chunks, (start ^ (n & 6) * 16) + (n >> 3) * 128)
