@@ -391,14 +391,11 @@ def make_kernel(head_dim, v_head_dim, dtype, skip, with_gap):
                 if lane == 0:
                     cuda.atomic.max(gap, (batch, head, group, j), highest)
             if skip:
-                skipped = vote_all(u32(rise < limit))
+                agrees = vote_all(u32(rise < limit))
                 if lane == 0:
-                    st_shared_32(u32(verdicts + (thread >> u32(5)) * 4), skipped)
-                if skipped:  # by the others, too?
-                    bar_sync(VOTE, THREADS)  # the votes are there, and K is done with
-                    skipped = vote_all(ld_shared_32(u32(verdicts + (anew(thread) & u32(3)) * 4)))
-                else:
-                    bar_arrive(VOTE, THREADS)  # it is kept, whatever they say
+                    st_shared_32(u32(verdicts + (thread >> u32(5)) * 4), agrees)
+                cuda.syncthreads()  # the votes are there, and K is done with
+                skipped = vote_all(ld_shared_32(u32(verdicts + (anew(thread) & u32(3)) * 4)))
                 history = u32(u32(history + history) + skipped)
                 if skipped:
                     if i32(step + 1) < n:
