@@ -6,23 +6,21 @@ once loaded, serves two products.  A warp keeps sums and output of its own half 
 halves are merged once, at the end, as two splits of a KV cache would be.  Two blocks share a
 multiprocessor, so that one waits while the other computes.
 
-    tile       0, kept                  1, skipped       2, kept
-    warps    ‖ Q·K₀ᵀ vote  p₀ ‖ p₀·V₀ ‖ Q·K₁ᵀ vote ¦   ‖ Q·K₂ᵀ vote   p₂ ‖ p₂·V₂ ‖ Q·K₃ᵀ …
-    copies     V₀──────────►    K₁──►   V₁──────►   K₂►              V₂──►   K₃──►   V₃──
+    tile       0, kept                    1, skipped        2, kept
+    warps    ‖ Q·K₀ᵀ vote ‖ p₀ ‖ p₀·V₀ ‖ Q·K₁ᵀ vote ‖     ‖ Q·K₂ᵀ vote ‖ p₂    ‖ p₂·V₂ ‖ Q·K₃ᵀ …
+    copies     V₀────────────►   K₁──►   V₁────────► K₂──►              V₂──────► K₃──►   V₃──
 
-K and V have one stage each.  At ‖ all warps wait, for a copy that all have made and for each other;
-at ¦ wait only those that voted to skip.  Copies are begun a few rows after each product, V's among
-those of Q·Kᵀ and the next K's among those of P·V, so that neither holds up the other.  After a
-tile that was skipped, the next may be, too: then V is asked for once the vote has said keep.
+K and V have one stage each.  At ‖ all warps wait for each other and, before a product, for the copy
+that it reads.  Copies are begun a few rows after each product, V's among those of Q·Kᵀ and the next
+K's among those of P·V, so that neither holds up the other.  After a tile that was skipped, the next
+may be, too: then V is asked for once the vote has said keep.
 
 The vote is an AND over rows *and* columns, so every thread votes on the maxima of its own columns.
 It compares with the maxima of both halves, which warps leave for each other in shared memory while
-they multiply with V.  A warp leaves its vote there, too, and arrives at the vote's barrier; if it
-says keep, that is the verdict, and the warp need not wait to hear the others: it goes on to the
-first 16 keys' weights while they vote and V arrives.  No vote is overwritten before all have read
-it, as before each tile all warps wait.  The last 32 verdicts are bits of a word; then 32 threads
-write them, one each.  Infinities are meant as such, so the kernel is compiled without the
-fast-math promise that there are none.
+they multiply with V.  A warp leaves its vote there, too, and at the barrier behind it K is done
+with.  No vote is overwritten before all have read it, as before each tile all warps wait.  The last
+32 verdicts are bits of a word; then 32 threads write them, one each.  Infinities are meant as such,
+so the kernel is compiled without the fast-math promise that there are none.
 
 Weights are relative to a maximum that lags behind (FlashAttention-4's conditional rescaling): each
 half of the keys has its own, raised only where a score exceeds it by a factor of 2⁸ in weight.
@@ -55,8 +53,6 @@ from cuda_kernels.fragments import (
 )
 from cuda_kernels.ptx.language import (
     anew,
-    bar_arrive,
-    bar_sync,
     bits_float,
     cp_async_16_zfill_if,
     cp_async_commit,
@@ -101,7 +97,6 @@ from cuda_kernels.tiles import (
 )
 
 SLICES = KEYS // 16  # of 16 rows of K or V
-VOTE = 1  # barrier of the vote; 0 is that of syncthreads
 GROWTH = 8.0  # the maximum that weights are relative to lags behind by less, in powers of two
 SIGNATURE = (  # arrays of any strides: one build serves them all
     "void(int16[:,:,:,:], int16[:,:,:,:], int16[:,:,:,:], int16[:,:,:,:], int32[:,::1], "
