@@ -24,7 +24,7 @@ app: $(VENV)/.installed-app
 	@$(VENV)/bin/python -m app app || test $$? -eq 130 # Ctrl-C
 
 test: lint
-	@$(VENV)/bin/python -m pytest --numprocesses auto --dist loadfile $(PYTEST_ARGS)
+	@$(VENV)/bin/python -m pytest --numprocesses auto --dist loadgroup $(PYTEST_ARGS)
 
 lint: $(VENV)/.installed-test
 	@$(VENV)/bin/python -m ruff check

@@ -147,7 +147,7 @@ def choose(
     >>> choose(None, Device("simulator"))
     'simt'
     >>> choose(None, Device("gpu", compute_capability=(9, 0)), fits_tensor_cores=True)
-    'mma'
+    'wgmma'
     """
     if backend is not None and backend not in BACKENDS:
         raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {backend!r}")

@@ -63,7 +63,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+@pytest.hookimpl(tryfirst=True)  # before xdist looks for groups
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if config.pluginmanager.hasplugin("xdist"):  # a file in one process, and browsers in one
+        for item in items:
+            browses = item.get_closest_marker("browser") is not None
+            item.add_marker(pytest.mark.xdist_group("browser" if browses else str(item.path)))
     for marker, why_not in REQUIREMENTS.items():
         marked = [item for item in items if item.get_closest_marker(marker)]
         if marked and (reason := why_not()):

@@ -26,7 +26,7 @@ def cp_async_16(shared: int, source: int) -> None:
     running().copy_async(shared, source, 16, 16)
 
 
-@instruction("cp.async.cg.shared.global.L2::256B [$0], [$1], 16, $2;", "r,l,r", memory=True)
+@instruction("cp.async.cg.shared.global.L2::128B [$0], [$1], 16, $2;", "r,l,r", memory=True)
 def cp_async_16_zfill(shared: int, source: int, size: int) -> None:
     """Begin to copy ``size`` ≤ 16 bytes and to fill the rest of 16 with zeros.
 
