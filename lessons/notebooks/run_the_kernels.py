@@ -79,8 +79,8 @@ print({name: tuple(out.shape) for name, (out, _) in results.items()}, where)
 #
 # Which tiles were skipped (0 masked, 1 computed, 2 skipped), what share of the visited ones, and a
 # bound: no row has lost more of its weight than that, whatever the text. Both kernels' bounds hold.
-# That of `mma` is tighter: 8 of its threads share a row's keys of a tile, and each knows the largest
-# score among its own 16; with `wgmma` it is 4 threads and 32 keys.
+# That of `mma` is tighter: 8 of its threads share a row's keys of a tile, and each knows the
+# largest score among its own 16; with `wgmma` it is 4 threads and 32 keys.
 
 # %%
 for report in (report for _, report in results.values()):
