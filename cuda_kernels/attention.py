@@ -89,8 +89,8 @@ def skip_softmax_attention(
         Fill ``report.gap``: of the tensor-core kernel that is a build of its own, a little
         slower.  The other back ends always fill it.
     backend : {"wgmma", "mma", "simt", "reference"}, optional
-        Default: the best kernel for this GPU that takes these arguments; the report names it.
-        ``reference`` is the simulator, on the CPU.
+        Default: the best kernel for this GPU that takes these arguments, ``wgmma`` on Hopper and
+        ``mma`` from Ampere on; the report names it.  ``reference`` is the simulator, on the CPU.
     emulate : bool
         Run a tensor-core kernel's own source on the CPU, thread by thread (``mma``, unless
         ``backend`` says ``wgmma``): for a few tiles only, as the time grows with tiles × heads ×
@@ -212,7 +212,7 @@ def skip_softmax_plan(
 softmax_scale, gap
         As in :func:`skip_softmax_attention`.
     backend : {"wgmma", "mma"}, optional
-        Default: ``mma``, as for :func:`skip_softmax_attention`; ``plan.report`` names it.
+        Default: the best for this GPU and these arrays; ``plan.report`` names it.
 
     Returns
     -------

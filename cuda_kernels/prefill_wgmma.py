@@ -222,7 +222,7 @@ def make_kernel(head_dim, v_head_dim, dtype, skip, with_gap):
                 mbarrier_init(u32(k_full + 8 * stage), 1)
                 mbarrier_init(u32(v_full + 8 * stage), 1)
                 mbarrier_init(u32(k_empty + 8 * stage), 2)
-                mbarrier_init(u32(v_empty + 8 * stage), 8)
+                mbarrier_init(u32(v_empty + 8 * stage), 8)  # by every warp of both groups
             fence_mbarrier_init()
 
         # --- which rows, and which key tiles either group sees: the longest rows first
@@ -282,7 +282,7 @@ def make_kernel(head_dim, v_head_dim, dtype, skip, with_gap):
             setmaxnreg_inc(240)
             group, lane = uniform((thread >> u32(7)) - u32(1)), u32(thread & u32(31))
             warp, mine = u32((thread >> u32(5)) & u32(3)), u32(thread & u32(127))
-            frees_k, frees_v = mine == 0, lane == 0
+            frees_k, frees_v = mine == 0, lane == 0  # one of the group; one of each warp
             row0 = i32(row0 + group * ROWS)
             vote_group = i32(row0 // ROWS)
             exists = row0 >= 0 and vote_group < i32(state.shape[2])
