@@ -2,9 +2,9 @@
 
 It reports what a GPU would pass over in silence: reads of what has not arrived, missing barriers
 and fences, accesses out of bounds, deadlocks, warp-wide instructions that some lanes do not reach,
-phases of an mbarrier that nobody waited for or that may pass before a thread has waited, copies and
-products under way at the end.  It does not prove integer types (the compiler does) or speed; its
-timeline is that of a simple model.
+phases of an mbarrier that nobody waited for or that may pass before a thread has waited, waits that
+may be over before the previous phase has ended, copies and products under way at the end.  It does
+not prove integer types (the compiler does) or speed; its timeline is that of a simple model.
 """
 
 from __future__ import annotations

@@ -9,6 +9,10 @@ phase after that.  Whether one may come too late does not depend on the schedule
 waited must have arrived somewhere since, and by a chain of arrivals and waits that comes before
 the next phase's end.  A product does as well that the thread has issued since and that another of
 its warpgroup has waited for: it needs all of them.
+
+Nor may a wait begin before the previous phase has ended: it would be over at once, too early.
+Whoever waits must know that end by such a chain: from a wait for it, its own or another's, or,
+if the phase counts no copies, from all its arrivals.
 """
 
 from __future__ import annotations
@@ -29,8 +33,8 @@ POLL = 100.0  # cycles that a try_wait suspends its thread
 POLLS = 20_000  # of one phase, after which it is taken for a deadlock
 
 
-class Waited(NamedTuple):
-    """A thread's wait for a phase, which has ended.
+class Step(NamedTuple):
+    """A thread's arrival at a phase, or its wait for one that has ended.
 
     ``clock`` is the thread's, ``products`` the number that it had issued.
     """
@@ -39,6 +43,28 @@ class Waited(NamedTuple):
     clock: int
     products: int
     site: Site
+
+    def is_known(self, seen: NDArray[np.int64]) -> bool:
+        """Whether it comes before what one does who has ``seen`` so much."""
+        return bool(
+            self.clock <= seen[self.thread.number]
+            or self.products < self.thread.group.done_as_seen(seen)
+        )
+
+
+class Phase:
+    """Who has arrived at a phase and, since it has ended, waited for it."""
+
+    def __init__(self) -> None:
+        self.arrivals: list[Step] = []
+        self.waits: list[Step] = []
+        self.copies = False  # whether it counts their bytes
+
+    def is_known(self, seen: NDArray[np.int64]) -> bool:
+        """Whether one who has ``seen`` so much knows that it has ended."""
+        if any(wait.is_known(seen) for wait in self.waits):
+            return True
+        return not self.copies and all(arrival.is_known(seen) for arrival in self.arrivals)
 
 
 class MBarrier:
@@ -58,7 +84,7 @@ class MBarrier:
         self.fenced = False  # whether copies may use it
         self.waiting: list[Thread] = []
         self.polls = 0
-        self._waited: list[Waited] = []  # for the last phase that has ended
+        self._before, self._last, self._present = Phase(), Phase(), Phase()
         self.last_copy: tuple[int, int, Site] | None = None  # phase, thread, place
         self.actor = block.shared.add_actor(self.describe)
         self._shared = block.shared
@@ -83,9 +109,14 @@ class MBarrier:
             f"{self.bytes} bytes to come"
         )
 
-    def release(self, thread: Thread) -> None:
-        """An arriving thread lets go what it has seen and done."""
+    def arrive(self, thread: Thread, size: int) -> None:
+        """A thread arrives, expects bytes, and lets go what it has seen and done."""
+        self.bytes += size
+        self.pending -= 1
+        self.clock = max(self.clock, thread.clock)
         seen = self._shared.seen[thread.number]
+        self._present.copies |= size > 0
+        self._present.arrivals.append(_step(thread, seen))
         if len(seen) > len(self._seen):
             self._seen = np.concatenate([self._seen, np.zeros(len(seen) - len(self._seen), int)])
         np.maximum(self._seen, seen, out=self._seen)
@@ -97,17 +128,12 @@ class MBarrier:
         """Threads have waited for the last phase: they see what it brought."""
         seen = self._shared.seen
         self._shared.acquire([t.number for t in threads], self.known, self.known_fence)
-        self._waited += [Waited(t, seen[t.number, t.number], t.products, t.site) for t in threads]
+        self._last.waits += [_step(thread, seen[thread.number]) for thread in threads]
 
     def _check_waits(self) -> None:
         """Report threads whose wait for the last phase need not come before the end of this one."""
         seen = self._seen
-        late = [
-            wait
-            for wait in self._waited
-            if wait.clock > seen[wait.thread.number]
-            and wait.products >= wait.thread.group.done_as_seen(seen)
-        ]
+        late = [wait for wait in self._last.waits if not wait.is_known(seen)]
         if late:
             site = late[0].site
             threads = {wait.thread.number for wait in late if wait.site == site}
@@ -118,10 +144,26 @@ class MBarrier:
                 "that end, and later they would wait for a phase that has passed"
             )
 
+    def check_wait(self, thread: Thread, parity: int) -> None:
+        """Report a wait that begins where the phase before need not have ended."""
+        ended = self.has_ended(parity)
+        phase = self.phase - ended
+        seen = self._shared.seen[thread.number]
+        if seen[self.actor] >= phase or (self._before if ended else self._last).is_known(seen):
+            return
+        behind = seen[self.actor] < phase - 1
+        late = f"; if phase {phase - 2} is meant, it comes too late" if behind else ""
+        raise EmulationError(
+            f"a wait for phase {phase} of the mbarrier at {self.address} that may pass too early: "
+            f"nothing tells this thread that phase {phase - 1} has ended, and as long as that goes "
+            f"on, parity {parity} passes at once; first wait for phase {phase - 1}, or meet one "
+            f"who has at a barrier{late}"
+        )
+
     def end_phase(self) -> None:
         """Let those who wait see what the phase brought."""
         self._check_waits()
-        self._waited = []
+        self._before, self._last, self._present = self._last, self._present, Phase()
         self.phase += 1
         self.pending = self.count
         self.ended = self.clock
@@ -132,6 +174,10 @@ class MBarrier:
     def has_ended(self, parity: int) -> bool:
         """Whether the latest phase of this parity has ended."""
         return self.phase & 1 != parity
+
+
+def _step(thread: Thread, seen: NDArray[np.int64]) -> Step:
+    return Step(thread, int(seen[thread.number]), thread.products, thread.site)
 
 
 class Copy:
@@ -200,10 +246,7 @@ class Transactions:
                 f"one arrival too many: {barrier.state()}; a wait for the phase before was left "
                 "out, or its count is too small"
             )
-        barrier.bytes += size
-        barrier.pending -= 1
-        barrier.clock = max(barrier.clock, thread.clock)
-        barrier.release(thread)
+        barrier.arrive(thread, size)
         self._complete(barrier)
 
     def wait(self, thread: Thread, address: int, parity: int, until: bool) -> int:
@@ -211,6 +254,7 @@ class Transactions:
         barrier = self.find(thread, address)
         if parity not in (0, 1):
             raise EmulationError(f"parity {parity} of an mbarrier; it is 0 or 1")
+        barrier.check_wait(thread, parity)
         start = thread.clock
         if not barrier.has_ended(parity) and not until:
             barrier.polls += 1

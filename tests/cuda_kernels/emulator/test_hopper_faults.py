@@ -53,7 +53,10 @@ from cuda_kernels.ptx.language import (
 BOX = (64, 64)
 TILE_BYTES = 8192
 TILES = 6
-SKIPS = ("unwaited phase", "unwaited, in time", "skip that all wait for", "skip that one waits for")
+SKIPS = (
+    "unwaited phase", "unwaited, in time", "unwaited by who lets go", "skip that all wait for",
+    "skip that one waits for",
+)  # fmt: skip
 
 
 @fragment
@@ -119,8 +122,10 @@ def ring(fault):
                 skipped = j == 1 and fault in SKIPS
                 if fault == "wrong phase":
                     parity = u32(parity ^ 1)
+                waits = not skipped or fault == "skip that all wait for"
                 alone = fault == "skip that one waits for" and t == 0
-                if not skipped or alone or fault == "skip that all wait for":
+                others = fault == "unwaited by who lets go" and t > 0
+                if waits or alone or others:
                     mbarrier_wait(u32(full + 8 * stage), parity)  # full
                 if not skipped:
                     if fault != "missing wgmma_fence" or j > 0:
@@ -136,7 +141,8 @@ def ring(fault):
                         mbarrier_arrive(u32(empty + 8 * stage))
                     if fault != "missing wgmma wait" or j < TILES - 1:
                         wgmma_wait(0, d, 64)
-                if fault == "unwaited, in time" and t == 0 and j in (1, 2):
+                in_time = fault in ("unwaited, in time", "unwaited by who lets go")
+                if in_time and t == 0 and j in (1, 2):
                     if j == 2:  # the copy of tile 1 has long ended by then
                         mbarrier_arrive(u32(empty + 8))
                         mbarrier_arrive(empty)
@@ -266,6 +272,59 @@ def multiply(d, tile):
     wgmma_commit()
 
 
+def relay(fault):
+    """One thread ends phases, another waits for each, and a warp, late, for but one of them."""
+    by_arrival = fault.startswith("told by")
+    two = fault == "told by one of two who arrive"
+    told = fault not in ("never told", "two phases late")
+    alone = fault in ("one left out", "two phases late")
+
+    def kernel(a, b, out):
+        base = shared_address(cuda.shared.array(0, u8, alignment=1024), 0)
+        barriers = cuda.shared.array(3, u64, alignment=8)
+        full, empty, copied = (u32(shared_address(barriers, i)) for i in range(3))
+        t = u32(cuda.threadIdx.x)
+        if t == 0:
+            mbarrier_init(full, 2 if two else 1)
+            mbarrier_init(empty, 1)
+            mbarrier_init(copied, 1)
+            fence_mbarrier_init()
+            mbarrier_arrive_expect_tx(copied, TILE_BYTES)
+        cuda.syncthreads()
+        if t >= 64:
+            if fault == "one left out":
+                mbarrier_wait(full, 0)
+            if told:
+                bar_sync(1, 64)
+            mbarrier_wait(copied, 0)
+            mbarrier_wait(full, 0 if alone else 1)  # next
+            if not alone:
+                bar_sync(2, 64)
+            return
+        for j in range(3):
+            if t == 0:
+                mbarrier_wait(empty, u32((j & 1) ^ 1))
+                if j == 0 and fault == "told by who begins a copy":
+                    mbarrier_arrive_expect_tx(full, TILE_BYTES)
+                    tma_load_2d(base, b, full, 0, 0)
+                else:
+                    mbarrier_arrive(full)
+                if j == 0:
+                    tma_load_2d(u32(base + TILE_BYTES), b, copied, 0, 0)
+            if t == 32:
+                if two:
+                    mbarrier_arrive(full)
+                mbarrier_wait(full, u32(j & 1))
+            if j == 0 and told and by_arrival == (t < 32):
+                bar_sync(1, 64)
+            if j == 1 and t >= 32 and not alone:
+                bar_sync(2, 64)
+            if t == 32:
+                mbarrier_arrive(empty)
+
+    return kernel
+
+
 def dangling(fault):
     def kernel(a, b, out):
         if cuda.threadIdx.x < 64:
@@ -312,6 +371,14 @@ NOT_ORDERED = [
     "thread 128 ", "@fill", "phase 1 of the mbarrier", "before threads 1–127 have waited",
     "of parity 0", "a phase that has passed",
 ]  # fmt: skip
+TOO_EARLY = [
+    "a wait for phase 1 of the mbarrier", "may pass too early", "phase 0 has ended",
+    "parity 1 passes at once", "first wait for phase 0, .* at a barrier$",
+]  # fmt: skip
+LEFT_OUT = [
+    "a wait for phase 2 of the mbarrier", "may pass too early", "phase 1 has ended",
+    "parity 0 passes at once", "first wait for phase 1, .* at a barrier",
+]  # fmt: skip
 FAULTS = [
     (ring, 256, "wrong phase", "product", [
         "warps 4–7", A_READ, "a copy by TMA in phase 0", "@load", "not waited", "parity 0",
@@ -325,7 +392,8 @@ FAULTS = [
     (ring, 256, "unwaited phase", "empty", [
         "thread 128 ", "phase 0 of the mbarrier", "before threads 0 have waited", "of parity 1",
     ]),
-    (ring, 256, "unwaited, in time", "load", [
+    (ring, 256, "unwaited, in time", "full", TOO_EARLY),
+    (ring, 256, "unwaited by who lets go", "load", [
         "thread 0 ", "write to shared address", "a copy by TMA in phase 0", "may still fill",
         "has not waited for that phase",
     ]),
@@ -375,6 +443,11 @@ FAULTS = [
     (handover, 160, "barrier before the wait", "see", NOT_ORDERED),
     (handover, 160, "product before the wait", "see", NOT_ORDERED),
     (handover, 160, "one polls for all", "poll", NOT_ORDERED),
+    (relay, 96, "never told", "next", TOO_EARLY),
+    (relay, 96, "told by who begins a copy", "next", TOO_EARLY),
+    (relay, 96, "told by one of two who arrive", "next", TOO_EARLY),
+    (relay, 96, "one left out", "next", [*LEFT_OUT, "at a barrier$"]),
+    (relay, 96, "two phases late", "next", [*LEFT_OUT, "if phase 0 is meant, it comes too late$"]),
     (dangling, 128, "dangling", None, ["barrier 3", "64 of 128", "0–63", "nobody waits"]),
     (budgets, 384, "budgets", "take", [
         "deadlock", "threads 256–383|threads 128–255", "232 registers each", "168 × 384",
@@ -420,7 +493,9 @@ def test_fault_is_reported(make, threads, fault, marker, parts, schedule):
         assert re.search(pattern, message), f"no {pattern!r} in: {message}"
 
 
-@pytest.mark.parametrize("make", [ring, half_ring, stores, handover, dangling, budgets, polling])
+@pytest.mark.parametrize(
+    "make", [ring, half_ring, stores, handover, relay, dangling, budgets, polling]
+)
 @pytest.mark.parametrize("schedule", ["late", "early", "both"])
 def test_the_same_kernel_without_a_fault_runs(make, schedule):
     threads = next(row[1] for row in FAULTS if row[0] is make)
@@ -438,6 +513,38 @@ def test_the_same_kernel_without_a_fault_runs(make, schedule):
 def test_a_skip_that_one_waits_for_is_right():
     """As attention skips: no product, but who lets the stage go has waited for it."""
     run(ring, 256, "skip that one waits for", "both")
+
+
+def test_arrivals_alone_tell_that_a_phase_has_ended():
+    """No copy counts for the phase, and who is told of all arrivals needs no wait for it."""
+    run(relay, 96, "told by who arrives", "both")
+
+
+@pytest.mark.parametrize(
+    ("schedule", "message"),
+    [
+        ("late", "a wait for phase 1 .* may pass too early: nothing tells this thread"),
+        ("early", "phase 0 .* may end before threads 32–63 have waited for the one before it"),
+    ],
+)
+def test_a_wait_is_tied_to_its_phase_at_both_ends(schedule, message):
+    """Threads of which one lets phases end and the others wait for one, with nothing between."""
+
+    def kernel(out):
+        barrier = shared_address(cuda.shared.array(1, u64, alignment=8), 0)
+        t = cuda.threadIdx.x
+        if t == 0:
+            mbarrier_init(barrier, 1)
+        cuda.syncthreads()
+        if t == 0:
+            mbarrier_arrive(barrier)
+            mbarrier_arrive(barrier)
+        elif t >= 32:
+            mbarrier_wait(barrier, 1)
+        out[t] = 1.0
+
+    with pytest.raises(EmulationError, match=message):
+        emulate(kernel, 1, 64, np.zeros(64, np.float32), schedule=schedule)
 
 
 def test_a_product_orders_the_waits_before_it():
