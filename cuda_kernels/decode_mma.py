@@ -24,6 +24,8 @@ has covered it: nobody ever waits for V as such, and up to ``stages`` tiles of e
 P lies in shared memory meanwhile, each thread's own registers in a slot of its own, and with it
 what the output is to be multiplied with first.  The sketch has two stages; there are as many as let
 two blocks share a multiprocessor, or else two with one block, if they fit (``choose_stages``).
+Before step 0 the pages of the first tiles are looked up together, so that their K is asked for
+after one wait; from then on a page is looked up a step before its K is asked for.
 
 A seeded split first multiplies the K of tile 0 and of the newest tile, for their row maxima alone.
 The blocks of one vote group leave l, u and acc, all relative to their own m; whichever comes last
@@ -89,7 +91,8 @@ TOGETHER = 16  # splits that the merge reads at a time
 SIGNATURE = (  # caches of any strides: one build serves them all
     "void(int16[:,:,:,:], int16[:,:,:,:], int16[:,:,:,:], int16[:,:,:,:], int32[:,:], int32[:], "
     "float32[:,:], float32[:,:,::1], int32[::1], float32[:,:,::1], float32[:,:,::1], "
-    "uint8[:,:,:,::1], float32[:,:,:,::1], float32, int32, boolean, int32, boolean, int32)"
+    "uint8[:,:,:,::1], float32[:,:,:,::1], float32, int32, boolean, int32, boolean, int32, int32, "
+    "uint64, uint64, uint64)"
 )
 
 
@@ -115,28 +118,36 @@ def load_keys(shared, source, pages, key, end, mask, page_bytes, row_bytes, own,
 
 
 @fragment
-def tile_of(step, seeds, order, first, stride, count, n):
-    """Key tile of a step: the seeds, then the split's tiles first, first + stride, … in order."""
+def look_up(pages, table, batch, key, end, page_shift, pairs):
+    """Look up the page of each 16 of a warp's keys, from ``key`` on, that lie before ``end``."""
+    for i in range(pairs):
+        if i32(key + 16 * i) < end:
+            pages[i] = u32(table[batch, i32(key + 16 * i) >> page_shift])
+
+
+@fragment
+def tile_of(step, seeds, order, first, last, start, slope, n):
+    """Key tile of a step: the seeds, then the split's tiles ``first`` to ``last`` in order.
+
+    From ``start`` by ``slope``, but that ``ENDS_FIRST`` begins with the last and the first.
+    """
     at = i32(step - seeds)
-    if order == DESCENDING:
-        at = i32(count - 1 - at)
-    elif order == ENDS_FIRST:
-        if at == 0:
-            at = i32(count - 1)
-        elif at == 1:
-            at = i32(0)
-        else:
-            at = i32(count - at)
-    tile = i32(first + at * stride)
+    tile = i32(start + at * slope)
+    if order == ENDS_FIRST:
+        tile = last if at == 0 else tile
+        tile = first if at == 1 else tile
     if step < seeds:
         tile = i32(0) if step == 0 else i32(n - 1)
     return tile
 
 
 @fragment
-def quotient(x, y):
-    """Divide integers that are not negative, in 32 bits."""
-    return i32(u32(x) // u32(y))
+def quotient(x, inverse):
+    """Divide by the d of which ``inverse`` is 2³² // d + 1: exact while x and x d are below 2³².
+
+    A division is a long chain of instructions, and no copy is asked for before the first ones.
+    """
+    return i32((u64(u32(x)) * u64(inverse)) >> u64(32))
 
 
 @fragment
@@ -240,6 +251,7 @@ def make_kernel(head_dim, keys, dtype, skip, with_gap, stages):
         lse, bound,  # [B, Hq, Lq] float32, results
         state, gap,  # [B, Hkv, query tiles, key tiles] uint8, float32, results
         scale, page_shift, by_length, seeds, in_runs, order,  # seeds: 0 or 2; in_runs: of splits
+        group, of_query_tiles, of_splits, of_group,  # query heads of a KV head; inverses
     ):  # fmt: skip
         memory = cuda.shared.array(0, u8, alignment=1024)
         base = shared_address(memory, 0)
@@ -252,22 +264,31 @@ def make_kernel(head_dim, keys, dtype, skip, with_gap, stages):
         # --- which rows, which keys they see, and which tiles of those this split has
         split, splits = i32(cuda.blockIdx.x), i32(cuda.gridDim.x)
         batch = i32(cuda.blockIdx.z)
-        kv_head = quotient(cuda.blockIdx.y, state.shape[2])
+        kv_head = quotient(cuda.blockIdx.y, of_query_tiles)
         q_tile = i32(i32(cuda.blockIdx.y) - kv_head * i32(state.shape[2]))
-        lq, group = i32(q.shape[1]), quotient(q.shape[2], k.shape[2])
-        at_most = quotient(ROWS, group)
+        lq = i32(q.shape[1])
+        at_most = quotient(ROWS, of_group)
         first_token = i32(q_tile * at_most)
         tokens = i32(min(at_most, i32(lq - first_token)))
         rows = i32(tokens * group)
         length = seq_lens[batch]
         end_first = end_of(first_token, lq, length)  # keys that every row sees
         end = end_of(i32(first_token + tokens - 1), lq, length)  # and that any row sees
-        n = quotient(end + keys - 1, keys)
+        n = i32(u32(end + keys - 1) // u32(keys))
+        each = quotient(n, of_splits)
+        left = i32(n - each * splits)
         first, stride = split, splits
-        count = quotient(max(i32(n - split + splits - 1), i32(0)), splits)
+        count = i32(each + 1) if split < left else each
         if in_runs:
-            first, stride = quotient(split * n, splits), i32(1)
-            count = i32(quotient(i32(split + 1) * n, splits) - first)
+            first, stride = i32(split * each + quotient(split * left, of_splits)), i32(1)
+            count = i32(each + quotient(i32(split + 1) * left, of_splits))
+            count = i32(count - quotient(split * left, of_splits))
+        last = i32(first + i32(count - 1) * stride)
+        start, slope = first, stride
+        if order == DESCENDING:
+            start, slope = last, i32(-stride)
+        elif order == ENDS_FIRST:
+            start, slope = i32(last + stride), i32(-stride)
         if count == 0:
             seeds = i32(0)
         steps = i32(seeds + count)
@@ -295,7 +316,8 @@ def make_kernel(head_dim, keys, dtype, skip, with_gap, stages):
         b = cuda.local.array((2, 2), u32)  # of K or V: 16 × 16
         p = cuda.local.array((pairs, 4), u32)  # of the weights
         slot = cuda.local.array(4, u32)  # factors of the output's two rows; pages of K and V
-        here = cuda.local.array(2, u32)  # pages of this step's keys,
+        pages = cuda.local.array((ahead, 2), u32)  # of the keys of the first steps,
+        here = cuda.local.array(2, u32)  # of this step's,
         coming = cuda.local.array(2, u32)  # and of those that are copied in the next
         m = cuda.local.array(2, f32)  # of this thread's upper and lower row: running max,
         l = cuda.local.array(2, f32)  # running sum in its columns,
@@ -313,33 +335,51 @@ def make_kernel(head_dim, keys, dtype, skip, with_gap, stages):
         # --- Q on its way, to where V will be; rows beyond the last are as the last
         q_row, chunk = u32(thread >> u32(3)), u32(thread & u32(7))
         real_row = i32(min(i32(q_row), i32(rows - 1)))
-        token = quotient(real_row, group)
+        token = quotient(real_row, of_group)
         head = i32(kv_head * group + real_row - token * group)
         q_from = global_address(q, (batch, i32(first_token + token), head, i32(8 * chunk)))
         q_to = u32(base + ahead * tile_bytes + (q_row * width + (chunk ^ (q_row & u32(7)))) * 16)
         for c in range(width // 8):
             cp_async_16_zfill(u32(q_to + 128 * c), u64(q_from + u64(128 * c)), u32(16))
-        cp_async_commit()
+
+        # --- and K of the first steps, whose pages are looked up together; Q counts with the first
+        mask = i32((i32(1) << page_shift) - 1)
+        warp_key = i32(warp * u32(own))
+        for i in range(ahead):
+            pages[i, 0], pages[i, 1] = u32(0), u32(0)
+            if i < steps:
+                key = i32(tile_of(i, seeds, order, first, last, start, slope, n) * keys + warp_key)
+                look_up(pages[i], page_table, batch, key, end, page_shift, pairs)
+        for i in range(ahead):
+            if i < steps:
+                key = i32(tile_of(i, seeds, order, first, last, start, slope, n) * keys + warp_key)
+                load_keys(
+                    u32(k_warp + i * tile_bytes), global_address(k, (0, 0, kv_head, 0)), pages[i],
+                    key, end, mask, u64(k.strides[0]), u64(k.strides[1]), own, width, lane,
+                )  # fmt: skip
+            slot[2], slot[3] = pages[i, 0], pages[i, 1]
+            st_shared_128(u32(my_slot + i * slot_bytes), slot)
+            cp_async_commit()
+        key_coming = i32(0)
+        if ahead < steps:
+            tile = tile_of(ahead, seeds, order, first, last, start, slope, n)
+            key_coming = i32(tile * keys + warp_key)
+            look_up(coming, page_table, batch, key_coming, end, page_shift, pairs)
 
         scale_log2 = f32(scale * f32(LOG2_E))
-        mask = i32((i32(1) << page_shift) - 1)
         waiting = u32(0)  # bit i: the tile of i + 1 steps ago was kept
-        stage = u32(ahead - 1)
-        key_coming = i32(0)
-        step = i32(-ahead - 2)  # the first steps only look up pages and ask for K
-        while i32(step + 1) < i32(steps + ahead):
-            step = i32(step + 1)
+        stage = u32(0)
+        for step in range(i32(steps + ahead)):
             at_slot = u32(my_slot + stage * u32(slot_bytes))
             at_tile = u32(stage * u32(tile_bytes))
-            is_live = step >= 0 and step < steps
+            is_live = step < steps
             cp_async_wait(pending)
             sync_warp()  # this warp's K of this step is there, and V of ``ahead`` steps ago
-            if step >= 0:
-                ld_shared_128(slot, at_slot)
+            ld_shared_128(slot, at_slot)
             alpha[0], alpha[1] = bits_float(slot[0]), bits_float(slot[1])
             here[0], here[1] = slot[2], slot[3]
-            j = tile_of(step, seeds, order, first, stride, count, n)
-            key = i32(j * keys + i32(warp * own))
+            j = tile_of(step, seeds, order, first, last, start, slope, n)
+            key = i32(j * keys + warp_key)
             if is_live:
                 mark_tile(u32(j))
                 if step == 0:
@@ -360,7 +400,7 @@ def make_kernel(head_dim, keys, dtype, skip, with_gap, stages):
 
             # --- K of ``ahead`` steps from now; the pages of one step more
             to = i32(step + ahead)
-            if to >= 0 and to < steps:
+            if to < steps:
                 load_keys(
                     u32(k_warp + at_tile), global_address(k, (0, 0, kv_head, 0)), coming,
                     key_coming, end, mask, u64(k.strides[0]), u64(k.strides[1]), own, width, lane,
@@ -368,12 +408,9 @@ def make_kernel(head_dim, keys, dtype, skip, with_gap, stages):
             slot[2], slot[3] = coming[0], coming[1]
             to = i32(to + 1)
             if to < steps:
-                key_coming = i32(tile_of(to, seeds, order, first, stride, count, n) * keys)
-                key_coming = i32(key_coming + i32(warp * own))
-                for i in range(pairs):
-                    if i32(key_coming + 16 * i) < end:
-                        page = i32(key_coming + 16 * i) >> page_shift
-                        coming[i] = u32(page_table[batch, page])
+                tile = tile_of(to, seeds, order, first, last, start, slope, n)
+                key_coming = i32(tile * keys + warp_key)
+                look_up(coming, page_table, batch, key_coming, end, page_shift, pairs)
 
             # --- row maxima, for the other warps; the mask comes first
             row_maxima = u32(maxima + (u32(step) & u32(1)) * u32(MAXIMA) + row * 16)
@@ -382,7 +419,7 @@ def make_kernel(head_dim, keys, dtype, skip, with_gap, stages):
                 for half in range(2):
                     seen[half] = f32(2 * blocks)
                     if masked:
-                        token = quotient(min(i32(row + 8 * half), i32(rows - 1)), group)
+                        token = quotient(min(i32(row + 8 * half), i32(rows - 1)), of_group)
                         end_of_row = end_of(i32(first_token + token), lq, length)
                         column = i32(key + i32(2 * quad_lane))
                         seen[half] = hide(s, blocks, half, column, end_of_row)
@@ -534,7 +571,7 @@ def make_kernel(head_dim, keys, dtype, skip, with_gap, stages):
         for half in range(2):
             my_row = i32(i32(row) + 8 * half)
             if finish and my_row < rows:
-                token = quotient(my_row, group)
+                token = quotient(my_row, of_group)
                 head = i32(kv_head * group + my_row - token * group)
                 token = i32(first_token + token)
                 over = rcp(l[half]) if l[half] > 0 else f32(0.0)

@@ -11,7 +11,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cuda_kernels import arrays, gpu
-from cuda_kernels.blocks.decode_mma import BLOCKS, RESERVED, ROWS, THREADS, WHOLE, shared_bytes
+from cuda_kernels.blocks.decode_mma import (
+    BLOCKS,
+    RESERVED,
+    ROWS,
+    THREADS,
+    WHOLE,
+    inverse,
+    shared_bytes,
+)
 from cuda_kernels.forms import Forms
 from cuda_kernels.kernel import Kernel
 from cuda_kernels.plan import abi_of
@@ -278,7 +286,7 @@ class DecodePlan:
             (partials, _strides(partials), 4),
             (counters, _strides(counters), 4),
             *(abi_of(x) for x in self._results),
-            *_scalars(settings, ctypes.c_float, ctypes.c_uint8, ctypes.c_int32),
+            *_scalars(settings, ctypes.c_float, ctypes.c_uint8, ctypes.c_int32, ctypes.c_uint64),
         )
 
     def __call__(
@@ -361,7 +369,7 @@ def emulated(
         numbers[:size].reshape(partials),
         numbers[size:].view(np.int32)[: counters[0]],
         *(arrays.bare(x) for x in _results(report, q)),
-        *_scalars(settings, np.float32, bool, int),
+        *_scalars(settings, np.float32, bool, int, int),
         shared_bytes=shared,
     )
     return report
@@ -409,10 +417,14 @@ def _results(report: DecodeReport, q: Any) -> tuple[Any, ...]:
     return report.lse, report.dropped_mass_bound, report.state, gap
 
 
-def _scalars(settings: DecodeSettings, real: Any, boolean: Any, integer: Any) -> tuple[Any, ...]:
+def _scalars(
+    settings: DecodeSettings, real: Any, boolean: Any, integer: Any, long: Any
+) -> tuple[Any, ...]:
     shift = WHOLE if settings.page is None else settings.page.bit_length() - 1
     seeds = 2 if settings.seeded and (settings.skips or settings.gap) else 0
     return (
         real(settings.scale), integer(shift), boolean(settings.by_length), integer(seeds),
         boolean(settings.split_layout == "contiguous"), integer(ORDERS.index(settings.order)),
+        integer(settings.group),
+        *(long(inverse(n)) for n in (settings.query_tiles, settings.splits, settings.group)),
     )  # fmt: skip

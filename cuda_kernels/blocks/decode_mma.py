@@ -15,6 +15,17 @@ def shared_bytes(head_dim: int, keys: int, stages: int) -> int:
     return stages * of_a_stage + 2 * MAXIMA
 
 
+def inverse(divisor: int) -> int:
+    """What the kernel multiplies by, and takes the upper 32 bits of, to divide.
+
+    Examples
+    --------
+    >>> 100 * inverse(7) >> 32
+    14
+    """
+    return (1 << 32) // divisor + 1
+
+
 def choose_stages(head_dim: int, keys: int, shared: int) -> int:
     """Tiles of K, and of V, under way at a time, with ``shared`` bytes on a multiprocessor.
 

@@ -10,10 +10,11 @@ import pytest
 from decode_cases import CASES, DecodeCase, random_case, run
 
 from cuda_kernels import arrays, detect, skip_softmax_decode, skip_softmax_decode_plan
-from cuda_kernels.blocks.decode_mma import choose_stages, shared_bytes
-from cuda_kernels.decode_mma import SIGNATURE
+from cuda_kernels.blocks.decode_mma import choose_stages, inverse, shared_bytes
+from cuda_kernels.decode_mma import SIGNATURE, quotient
 from cuda_kernels.decode_plan import H200, blocks_at_a_time, choose_splits
 from cuda_kernels.emulator import emulate
+from cuda_kernels.ptx.language import cuda
 from cuda_kernels.remembered import Remembered
 
 
@@ -224,6 +225,21 @@ def test_as_many_stages_as_let_two_blocks_share_a_multiprocessor(shared, stages,
         stages = choose_stages(head_dim, keys, shared << 10)
         assert stages >= 1
         assert shared_bytes(head_dim, keys, stages) <= (shared - 1) << 10
+
+
+@cuda.jit
+def divide(x, inverse, out):
+    out[cuda.threadIdx.x] = quotient(x[cuda.threadIdx.x], inverse)
+
+
+@pytest.mark.parametrize("divisor", [1, 2, 3, 7, 9, 16, 33, 127, 128])
+def test_the_kernel_divides_by_an_inverse(divisor):
+    largest = min((1 << 32) // divisor, (1 << 31) - 1)
+    multiples = [x // divisor * divisor for x in (divisor, 1 << 18, largest)]
+    x = np.array([0, *(y - z for y in multiples for z in (0, 1))], np.int32)
+    out = np.full_like(x, -1)
+    emulate(divide, (1, 1, 1), len(x), x, inverse(divisor), out)
+    assert out.tolist() == (x // divisor).tolist()
 
 
 class ImitatedLauncher:
