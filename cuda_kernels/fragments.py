@@ -128,15 +128,6 @@ def quad_scatter_sum(x, quad_lane):
 
 
 @fragment
-def quad_scatter_max(x, quad_lane):
-    """Find the four lanes' largest of each entry; lane ``quad_lane`` gets that of its entry."""
-    odd, upper = quad_lane & u32(1), quad_lane & u32(2)
-    low = fmax(x[1] if odd else x[0], shfl_bfly_f32(x[0] if odd else x[1], 1))
-    high = fmax(x[3] if odd else x[2], shfl_bfly_f32(x[2] if odd else x[3], 1))
-    return fmax(high if upper else low, shfl_bfly_f32(low if upper else high, 2))
-
-
-@fragment
 def chunk_at(address, n):
     """Address of an even 16-byte chunk of a row, given that of its chunk 0, or of 1 for 1 + n.
 

@@ -6,21 +6,23 @@ once loaded, serves two products.  A warp keeps sums and output of its own half 
 halves are merged once, at the end, as two splits of a KV cache would be.  Two blocks share a
 multiprocessor, so that one waits while the other computes.
 
-    tile       0, kept                    1, skipped        2, kept
-    warps    ‖ Q·K₀ᵀ vote ‖ p₀ ‖ p₀·V₀ ‖ Q·K₁ᵀ vote ‖     ‖ Q·K₂ᵀ vote ‖ p₂    ‖ p₂·V₂ ‖ Q·K₃ᵀ …
-    copies     V₀────────────►   K₁──►   V₁────────► K₂──►              V₂──────► K₃──►   V₃──
+    tile       0, kept                 1, skipped         2, kept
+    warps    ‖ Q·K₀ᵀ vote ‖ p₀ p₀·V₀ ‖ Q·K₁ᵀ vote ‖       ‖ Q·K₂ᵀ vote ‖ p₂    ‖ p₂·V₂ ‖ Q·K₃ᵀ …
+    copies     V₀────────►   K₁────►   V₁────────►  K₂────►              V₂────►  K₃──►   V₃──
 
-K and V have one stage each.  At ‖ all warps wait for each other and, before a product, for the copy
-that it reads.  Copies are begun a few rows after each product, V's among those of Q·Kᵀ and the next
-K's among those of P·V, so that neither holds up the other.  After a tile that was skipped, the next
-may be, too: then V is asked for once the vote has said keep.
+K and V have one stage each.  At ‖ all warps wait for each other and for the copies under way.
+Copies are begun some rows after each product, V's among those of Q·Kᵀ and the next K's among those
+of P·V, so that neither holds up the other.  After a tile that was skipped, the next may be, too:
+then V is asked for once the vote has said keep, and waited for behind the first weights, as it is
+where there is no vote.
 
 The vote is an AND over rows *and* columns, so every thread votes on the maxima of its own columns.
 It compares with the maxima of both halves, which warps leave for each other in shared memory while
-they multiply with V.  A warp leaves its vote there, too, and at the barrier behind it K is done
-with.  No vote is overwritten before all have read it, as before each tile all warps wait.  The last
-32 verdicts are bits of a word; then 32 threads write them, one each.  Infinities are meant as such,
-so the kernel is compiled without the fast-math promise that there are none.
+they multiply with V: bit by bit, as what waits for a shuffle holds up the products behind it.  A
+warp leaves its vote there, too, and at the barrier behind it K is done with.  No vote is
+overwritten before all have read it, as before each tile all warps wait.  The last 32 verdicts are
+bits of a word; then 32 threads write them, one each.  Infinities are meant as such, so the kernel
+is compiled without the fast-math promise that there are none.
 
 Weights are relative to a maximum that lags behind (FlashAttention-4's conditional rescaling): each
 half of the keys has its own, raised only where a score exceeds it by a factor of 2⁸ in weight.
@@ -46,7 +48,6 @@ from cuda_kernels.fragments import (
     finite,
     pick,
     quad_max,
-    quad_scatter_max,
     quad_scatter_sum,
     row_max,
     scale_rows,
@@ -97,6 +98,7 @@ from cuda_kernels.tiles import (
 )
 
 SLICES = KEYS // 16  # of 16 rows of K or V
+AT_ONCE = 4  # chunks that a thread begins to copy after a product; with 2, 1 to 4 % slower
 GROWTH = 8.0  # the maximum that weights are relative to lags behind by less, in powers of two
 SIGNATURE = (  # arrays of any strides: one build serves them all
     "void(int16[:,:,:,:], int16[:,:,:,:], int16[:,:,:,:], int16[:,:,:,:], int32[:,::1], "
@@ -181,6 +183,27 @@ def multiply(c, a, b, part, dtype):
 
 
 @fragment
+def raise_maximum(mine, x, t, quad_lane, turn):
+    """Raise the running maximum of row ``quad_lane``, at ``mine``, to the tile's, in three turns.
+
+    The four lanes that have a row exchange the maxima of their columns, ``t``, as
+    :func:`quad_scatter_sum` does sums; ``x`` keeps what is on its way from one turn to the next.
+    """
+    odd, upper = quad_lane & u32(1), quad_lane & u32(2)
+    if turn == 0:
+        x[0], x[1] = t[1] if odd else t[0], t[3] if odd else t[2]
+        x[2] = shfl_bfly_f32(t[0] if odd else t[1], 1)
+        x[3] = shfl_bfly_f32(t[2] if odd else t[3], 1)
+    elif turn == 1:
+        low, high = fmax(x[0], x[2]), fmax(x[1], x[3])
+        x[0] = high if upper else low
+        x[1] = shfl_bfly_f32(low if upper else high, 2)
+        x[2] = bits_float(ld_shared_32(mine))
+    else:
+        st_shared_32(mine, float_bits(fmax(x[2], fmax(x[0], x[1]))))
+
+
+@fragment
 def first_weights(p, s, acc, l, top, zero, factor, t, scale_log2, tops, writes, v_blocks, dtype):
     """Turn the first 16 keys' scores into weights relative to 2**top, raised where it lags too far.
 
@@ -222,10 +245,31 @@ def make_kernel(head_dim, v_head_dim, dtype, skip, with_gap):
     q_bytes, k_bytes, v_bytes = 2 * ROWS * head_dim, 2 * KEYS * head_dim, 2 * KEYS * v_head_dim
     stay = head_dim == 64  # Q and the running sums, in registers
     q_stages = steps if stay else 2
-    # copied after a product, so that all are in the first half of a tile's products
-    v_slices, k_slices = max(1, SLICES // steps), SLICES // (2 * parts)
+    k_slices, v_slices = AT_ONCE * 8 // width, AT_ONCE * 8 // v_width
+    if head_dim == 192:  # with two, the compiler does not unroll the 12 steps of Q Kᵀ
+        v_slices = 1
+    # Copies that may not be wanted are branched around, one by one, and that costs 2 % at head_dim
+    # 128; two ways of Q Kᵀ, with copies and without, cost 1 % at 64.
+    one_way = head_dim != 128 or with_gap
     compares = skip or with_gap
     minus_infinity = -math.inf
+
+    @fragment
+    def multiply_qk(s, a, b, q_lane, k_lane, v_share, v_rows, v_step, wanted):
+        """Add Q Kᵀ to s [32, 64]; begin to copy V, if ``wanted``, some rows after each product."""
+        if not stay:
+            load_q(a[0], q_lane, 0, width)
+        load_k(b[0], k_lane, 0, 0, width)
+        for d in range(steps):  # while one half is multiplied, the next is being loaded
+            load_k(b[1], k_lane, d, 1, width)
+            multiply(s, a[d % q_stages], b[0], 0, dtype)
+            load_slices(v_share, v_rows, v_step, v_width, 2 * d, v_slices, wanted)
+            if d + 1 < steps:
+                if not stay:
+                    load_q(a[(d + 1) % q_stages], q_lane, d + 1, width)
+                load_k(b[0], k_lane, d + 1, 0, width)
+            multiply(s, a[d % q_stages], b[1], 1, dtype)
+            load_slices(v_share, v_rows, v_step, v_width, 2 * d + 1, v_slices, wanted)
 
     @cuda.jit(launch_bounds=(THREADS, 2 if head_dim <= 128 else 1))
     def skip_softmax_prefill_mma(
@@ -334,22 +378,15 @@ def make_kernel(head_dim, v_head_dim, dtype, skip, with_gap):
             # --- S = Q Kᵀ                                                      s [32 rows, 64 keys]
             fill(s[0], blocks, 0.0)
             fill(s[1], blocks, 0.0)
-            if not stay:
-                load_q(a[0], q_lane, 0, width)
-            elif step == 0:
+            if stay and step == 0:
                 for d in range(steps):
                     load_q(a[d], q_lane, d, width)
-            load_k(b[0], k_lane, 0, 0, width)
-            for d in range(steps):  # while one half is multiplied, the next is being loaded
-                load_k(b[1], k_lane, d, 1, width)
-                multiply(s, a[d % q_stages], b[0], 0, dtype)
-                load_slices(v_share, v_rows, v_step, v_width, 2 * d, v_slices, early)
-                if d + 1 < steps:
-                    if not stay:
-                        load_q(a[(d + 1) % q_stages], q_lane, d + 1, width)
-                    load_k(b[0], k_lane, d + 1, 0, width)
-                multiply(s, a[d % q_stages], b[1], 1, dtype)
-                load_slices(v_share, v_rows, v_step, v_width, 2 * d + 1, v_slices, early)
+            if one_way:
+                multiply_qk(s, a, b, q_lane, k_lane, v_share, v_rows, v_step, early)
+            elif early:
+                multiply_qk(s, a, b, q_lane, k_lane, v_share, v_rows, v_step, u32(1))
+            else:
+                multiply_qk(s, a, b, q_lane, k_lane, v_share, v_rows, v_step, u32(0))
             cp_async_commit()
 
             # --- the mask comes first
@@ -364,11 +401,18 @@ def make_kernel(head_dim, v_head_dim, dtype, skip, with_gap):
                     end = i32(end_of(row, lq, lk, causal))
                     mask_row(s[r // 2], blocks, 2 * (r % 2), column, i32(end - window), end)
 
-            # --- the vote, on the maxima of this thread's columns
+            # --- the vote, on the maxima of this thread's columns; before it, what comes after it
+            more = u32(i32(step + 1) < n)
+            next_key = i32(tile_of(order, i32(step + 1), first, n) * KEYS)
+            k_share = share_of(anew(thread), k_tile, next_key, k_step, i32(lk - next_key), width)
             my_maxima = u32(maxima + (anew(thread) >> u32(2)) * 16)
             if compares:
                 ld_shared_4f(m, my_maxima)
                 ld_shared_4f(x, u32(my_maxima ^ u32(HALF)))
+            my_tops = u32(my_maxima + 2 * HALF)
+            ld_shared_4f(top, my_tops)
+            if not stay:
+                ld_shared_4f(l, my_sums)
             if skip:
                 limit = bits_float(ld_shared_32(u32(verdicts + 16)))
             t[0], t[1] = row_max(s[0], blocks)
@@ -389,14 +433,13 @@ def make_kernel(head_dim, v_head_dim, dtype, skip, with_gap):
                 agrees = vote_all(u32(rise < limit))
                 if lane == 0:
                     st_shared_32(u32(verdicts + (thread >> u32(5)) * 4), agrees)
-                cuda.syncthreads()  # the votes are there, and K is done with
+                cp_async_wait(0)
+                cuda.syncthreads()  # the votes are there, V if it was asked for; K is done with
                 skipped = vote_all(ld_shared_32(u32(verdicts + (anew(thread) & u32(3)) * 4)))
                 history = u32(u32(history + history) + skipped)
                 if skipped:
-                    if i32(step + 1) < n:
-                        key = i32(tile_of(order, i32(step + 1), first, n) * KEYS)
-                        left = i32(lk - key)
-                        load_rows(anew(thread), k_tile, k_rows, key, k_step, left, KEYS, width)
+                    if more:
+                        load_slices(k_share, k_rows, k_step, width, 0, SLICES, u32(1))
                     cp_async_commit()
                     for r in range(4):  # all we know of the tile bounds its weight
                         seen = f32(2 * blocks)
@@ -413,25 +456,19 @@ def make_kernel(head_dim, v_head_dim, dtype, skip, with_gap):
                     x[0], x[1] = f32(older + quad_scatter_sum(t, quad_lane)), now
                     st_shared_4f(my_bound, x)
                     continue
-                if u32(history & u32(2)):  # the last one was skipped, so V is yet to be asked for
+                if not early:
                     left = i32(lk - key)
                     load_rows(anew(thread), v_tile, v_rows, key, v_step, left, KEYS, v_width)
                     cp_async_commit()
 
             # --- online softmax: the first weights while V arrives
-            my_tops = u32(my_maxima + 2 * HALF)
-            ld_shared_4f(top, my_tops)
-            if not stay:
-                ld_shared_4f(l, my_sums)
             first_weights(
                 p[0], s, acc, l, top, zero, alpha, t, scale_log2, my_tops, quad_lane == 0,
                 v_blocks, dtype,
             )  # fmt: skip
-            cp_async_wait(0)
-            cuda.syncthreads()  # V is there, and K is done with
-            more = u32(i32(step + 1) < n)
-            key = i32(tile_of(order, i32(step + 1), first, n) * KEYS)
-            k_share = share_of(anew(thread), k_tile, key, k_step, i32(lk - key), width)
+            if not skip or not early:
+                cp_async_wait(0)
+                cuda.syncthreads()  # V is there, and K is done with
 
             # --- acc += P V, the exponentials one step of 16 keys ahead           acc [32 rows, Dv]
             load_v(b[0], v_lane, 0, 0, v_width)
@@ -447,12 +484,8 @@ def make_kernel(head_dim, v_head_dim, dtype, skip, with_gap):
                         load_v(b[(c + 1) % 2], v_lane, i + 1, 0, v_width)
                     multiply(acc, p[i % 2], b[c % 2], c, dtype)
                     load_slices(k_share, k_rows, k_step, width, i * parts + c, k_slices, more)
-                    if compares and i == 0 and c == 0:  # nobody compares with the maxima now
-                        mine = u32(maxima + anew(thread) * 4)  # of row quad_lane
-                        highest = fmax(
-                            bits_float(ld_shared_32(mine)), quad_scatter_max(t, quad_lane)
-                        )
-                        st_shared_32(mine, float_bits(highest))
+                    if compares and i > 0 and c == 0:  # nobody compares with the maxima now
+                        raise_maximum(u32(maxima + anew(thread) * 4), x, t, quad_lane, i - 1)
             cp_async_commit()
 
         # --- merge the halves of the keys: one leaves what it has, the other takes it up
