@@ -1,9 +1,9 @@
 """One thread block: a greenlet per CUDA thread, local clocks, and who waits for whom.
 
 The scheduler resumes the threads whose clock is smallest; a thread runs until it must wait.
-Warp-wide instructions on register tiles (``mma``, ``ldmatrix``) do not make it wait: they are
-issued lane by lane, and done for the whole warp when every lane has issued them and one needs the
-result, as a scoreboard does.
+Warp-wide instructions on register tiles (``mma``, ``ldmatrix``, ``stmatrix``) do not make it wait:
+they are issued lane by lane, and done for the whole warp when every lane has issued them and one
+needs the result, as a scoreboard does.
 """
 
 from __future__ import annotations
@@ -104,6 +104,13 @@ class Warp:
         """Read one row per address, each as the lane that gives it."""
         count = len(addresses)
         return self.block.shared.read_rows(self._rows[:count], addresses, size, self._site)
+
+    def store_shared(self, addresses: Any, rows: Any) -> None:
+        """Write one row per address, each as the lane that gives it."""
+        shared = self.block.shared
+        for thread, address, row in zip(self._rows, addresses.tolist(), rows, strict=True):
+            shared.check_bounds(address, len(row), "write")
+            shared.write(int(thread), address, row, self._site)
 
     def execute(self, count: int) -> None:
         """Do the first ``count`` instructions of the queue."""

@@ -28,6 +28,7 @@ COSTS = {
     "ldmatrix_x4_trans": Cost("shared memory", 4, 29),
     "ldmatrix_x2": Cost("shared memory", 2, 27),
     "ldmatrix_x2_trans": Cost("shared memory", 2, 27),
+    "stmatrix_x4": Cost("shared memory", 4, 4),
     "ld_shared_128": Cost("", 4, 30),
     "ld_shared_32": Cost("", 1, 23),
     "ld_global_128": Cost("", 4, 500),

@@ -3,7 +3,7 @@
 Kernels import from :mod:`cuda_kernels.ptx.language`; the families below it are the reference.
 
 ==============  ================================================
-``matrix``      mma.sync, ldmatrix: who holds what
+``matrix``      mma.sync, ldmatrix, stmatrix: who holds what
 ``copies``      cp.async and its groups
 ``memory``      addresses, 128-bit loads and stores
 ``barriers``    named barriers that wait and vote, fences

@@ -42,6 +42,7 @@ from cuda_kernels.ptx.matrix import (
     ldmatrix_x4,
     ldmatrix_x4_trans,
     mma_m16n8k16,
+    stmatrix_x4,
 )
 from cuda_kernels.ptx.mbarrier import (
     fence_mbarrier_init,
@@ -170,6 +171,7 @@ __all__ = [
     "st_shared_4f",
     "st_shared_32",
     "st_shared_128",
+    "stmatrix_x4",
     "swizzle",
     "sync_warp",
     "tma_commit",

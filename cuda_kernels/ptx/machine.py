@@ -18,13 +18,13 @@ class Machine(Protocol):
     """One emulated thread; for an instruction of a warp or a warpgroup, all of that.
 
     Addresses are Python integers: 32-bit shared, 64-bit global.  The methods of more than one
-    thread take one address per row of the result.
+    thread take one address per row of the result, or of the data.
     """
 
     def load_shared(self, address: Any, size: int) -> Bytes:
         """Read ``size`` bytes that earlier, ordered writes have left there."""
 
-    def store_shared(self, address: int, data: Bytes) -> None:
+    def store_shared(self, address: Any, data: Bytes) -> None:
         """Write bytes that other threads see after a barrier."""
 
     def load_global(self, address: int, size: int) -> Bytes:

@@ -1,5 +1,7 @@
 """The tensor cores of Ampere and later: ``mma.sync``, and ``ldmatrix``, which feeds them.
 
+``stmatrix``, on Hopper and later, writes fragments back to shared memory.
+
 Who holds what, for lane ``t``, with ``g = t // 4`` and ``q = t % 4`` (PTX ISA, "Matrix Fragments
 for mma.m16n8k16"; a register of A and B holds two neighbours, the lower column or row in bits
 0–15):
@@ -140,3 +142,28 @@ def ldmatrix_x2(r: Registers, address: Any) -> None:
 def ldmatrix_x2_trans(r: Registers, address: Any) -> None:
     """Load two 8×8 matrices transposed.  See ``ldmatrix_x4_trans``."""
     r[...] = _fragments(_matrices(address, 2).swapaxes(1, 2))
+
+
+@instruction(
+    "stmatrix.sync.aligned.m8n8.x4.shared.b16 [$0], $1;",
+    "r,4r",
+    scope="warp",
+    memory=True,
+    target="sm_90",
+)
+def stmatrix_x4(address: Any, r: Registers) -> None:
+    """Store four 8×8 matrices of 16-bit elements: what ``ldmatrix_x4`` would load as ``r``.
+
+    Lane t gives the address of row t % 8 of matrix t // 8, a multiple of 16 bytes, and in ``r[i]``
+    elements 2(t % 4) and 2(t % 4) + 1 of row t // 4 of matrix i.
+
+    PTX ISA: ``stmatrix``.
+
+    Parameters
+    ----------
+    address : uint32
+        Shared address.
+    r : register tile of 4 uint32
+    """
+    rows = np.ascontiguousarray(r.T, np.uint32).reshape(32, 4)  # [8 · matrix + row, lane % 4]
+    running().store_shared(address, rows.view(np.uint8))

@@ -20,7 +20,8 @@ from cuda_kernels.ptx.machine import running
 def mbarrier_init(barrier: int, count: int) -> None:
     """Make a barrier of 8 bytes of shared memory, each of its phases for ``count`` arrivals.
 
-    One thread does it; ``fence_mbarrier_init`` and a barrier of the block come before its use.
+    One thread does it; ``fence_mbarrier_init`` comes before its use, and before that of others a
+    barrier of the block, too.
 
     PTX ISA: ``mbarrier.init``.
     """

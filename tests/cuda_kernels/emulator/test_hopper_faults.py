@@ -35,6 +35,7 @@ from cuda_kernels.ptx.language import (
     setmaxnreg_inc,
     shared_address,
     st_shared_32,
+    stmatrix_x4,
     swizzle,
     tma_commit,
     tma_load_2d,
@@ -212,6 +213,38 @@ def stores(fault):
                 tma_store_2d(b, base, 64 * j, 0)  # copy
                 tma_commit()
                 if fault != "overwritten" and (fault != "store at exit" or j == 0):
+                    tma_wait_read(0)
+            cuda.syncthreads()
+
+    return kernel
+
+
+def matrices(fault):
+    """A box of which each warp writes 16 rows as matrices, copied out, twice."""
+
+    def kernel(a, b, out):
+        base = shared_address(cuda.shared.array(0, u8, alignment=1024), 0)
+        t = u32(cuda.threadIdx.x)
+        tile = cuda.local.array(4, u32)
+        row = u32(u32(t >> u32(5)) * 16 + u32(t & u32(15)))
+        place = u32(base + 128 * row + u32(u32(t >> u32(4)) & u32(1)) * 16)
+        if fault == "misaligned rows":
+            place = u32(place + 8)
+        if fault == "two lanes write one row" and t == 37:
+            place = u32(place - 128)
+        for j in range(2):
+            for i in range(4):
+                tile[i] = u32(j)
+            for pair in range(4):
+                stmatrix_x4(u32(place + 32 * pair), tile)  # matrices
+            if fault != "matrices with no proxy fence":
+                fence_proxy_async()
+            if fault != "matrices with no barrier":
+                cuda.syncthreads()
+            if t == 0:
+                tma_store_2d(b, base, 64 * j, 0)  # out
+                tma_commit()
+                if fault != "matrices written too soon" or j == 1:
                     tma_wait_read(0)
             cuda.syncthreads()
 
@@ -439,6 +472,19 @@ FAULTS = [
     (stores, 128, "store at exit", "copy", [
         "thread 0 ", "ends with a store by TMA", "no tma_wait_read",
     ]),
+    (matrices, 128, "matrices with no proxy fence", "out", [
+        "@matrices", "no fence_proxy_async",
+    ]),
+    (matrices, 128, "matrices with no barrier", None, [
+        "shared address", "@matrices", "no barrier between|no fence_proxy_async|may still read",
+    ]),
+    (matrices, 128, "matrices written too soon", "matrices", [
+        "warp (0|3) ", "stmatrix_x4", "a store by TMA of thread 0", "@out", "may still read",
+    ]),
+    (matrices, 128, "misaligned rows", "matrices", ["stmatrix_x4", "write of 16 .*: misaligned"]),
+    (matrices, 128, "two lanes write one row", "matrices", [
+        "warp 1 ", "write to shared address", "thread 3[67] has written", "no barrier between",
+    ]),
     (handover, 160, "one arrives for all", "see", NOT_ORDERED),
     (handover, 160, "barrier before the wait", "see", NOT_ORDERED),
     (handover, 160, "product before the wait", "see", NOT_ORDERED),
@@ -494,7 +540,8 @@ def test_fault_is_reported(make, threads, fault, marker, parts, schedule):
 
 
 @pytest.mark.parametrize(
-    "make", [ring, half_ring, stores, handover, relay, dangling, budgets, polling]
+    "make",
+    [ring, half_ring, stores, matrices, handover, relay, dangling, budgets, polling],
 )
 @pytest.mark.parametrize("schedule", ["late", "early", "both"])
 def test_the_same_kernel_without_a_fault_runs(make, schedule):

@@ -1,4 +1,4 @@
-"""Probes of Hopper's instructions: mbarriers, TMA, wgmma, registers that change hands.
+"""Probes of Hopper's instructions: mbarriers, TMA, stmatrix, wgmma, registers that change hands.
 
 As in :mod:`probes`; arrays that TMA reads or writes reach the kernel as tensor maps.
 """
@@ -23,6 +23,7 @@ from cuda_kernels.ptx.language import (
     fence_proxy_async,
     i32,
     k_major,
+    ld_shared_128,
     mbarrier_arrive,
     mbarrier_arrive_expect_tx,
     mbarrier_init,
@@ -33,7 +34,9 @@ from cuda_kernels.ptx.language import (
     setmaxnreg_inc,
     shared_address,
     st_shared_32,
+    stmatrix_x4,
     swizzle,
+    sync_warp,
     tma_commit,
     tma_load_2d,
     tma_load_3d,
@@ -226,6 +229,41 @@ def store_probe(axes):
     )  # fmt: skip
 
 
+# --- stmatrix
+
+
+@cuda.jit
+def stmatrix(words, order, out):
+    """Each warp stores four matrices; row t % 8 of matrix t // 8 goes to row ``order[t]``."""
+    memory = cuda.shared.array((64, 8), "uint16", alignment=16)
+    t = cuda.threadIdx.x
+    first = t // 32 * 32
+    tile = cuda.local.array((2, 4), u32)
+    for i in range(4):
+        tile[0, i] = words[t, i]
+    stmatrix_x4(u32(shared_address(memory, (first + order[t % 32], 0))), tile[0])
+    sync_warp()
+    ld_shared_128(tile[1], shared_address(memory, (first + (t + 1) % 32, 0)))
+    for i in range(4):
+        out[t, i] = tile[1, i]
+
+
+def stmatrix_expected(words, order):
+    out = np.zeros((64, 4), np.uint32)
+    for warp in range(2):
+        rows = np.zeros((32, 4), np.uint32)
+        for t in range(32):
+            for i in range(4):
+                rows[order[8 * i + t // 4], t % 4] = words[32 * warp + t, i]
+        out[32 * warp : 32 * warp + 32] = np.roll(rows, -1, axis=0)
+    return out
+
+
+def stmatrix_inputs():
+    rng = np.random.default_rng(11)
+    return [rng.integers(0, 1 << 32, (64, 4), dtype=np.uint32), rng.permutation(32)]
+
+
 # --- wgmma
 
 DEPTH = 128  # of K: two boxes of 64, eight products
@@ -380,6 +418,10 @@ HOPPER_PROBES = [
     *(load_probe(make(), box, index) for make, box, index in LOADS),
     store_probe(2),
     store_probe(4),
+    HopperProbe(
+        "stmatrix", stmatrix, "void(uint32[:,::1], int64[::1], uint32[:,::1])", stmatrix_inputs,
+        zeros(64, 4), stmatrix_expected, threads=64, opcodes=("STSM.16.M88.4",),
+    ),
     wgmma_probe(64, F16, K_MAJOR, 0, 0),
     wgmma_probe(128, BF16, K_MAJOR, 0, 1),
     wgmma_probe(256, F16, MN_MAJOR, 0, 0),
