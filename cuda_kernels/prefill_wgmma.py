@@ -29,6 +29,9 @@ begin where both groups end in the same key tile: under a causal mask that is ev
 which one the lengths decide, and the first block may begin one group above the first row.  Tiles
 that only one of the two sees (under a window) are masked for the other, whose rows all vote skip.
 
+**A block ends** with outputs leaving first, each warp's for itself, by way of shared memory.  What
+is reported of rows and tiles is worked out while TMA reads them there.
+
 A row beyond the request's own has m = +∞ from the start: whatever its scores, it votes skip.
 
 **Measured and left out** (H200, 16K tokens; ``results/log.md``): V asked for after the votes loses
@@ -54,7 +57,6 @@ from cuda_kernels.ptx.language import (
     K_MAJOR,
     MN_MAJOR,
     bar_red_and,
-    bar_sync,
     cuda,
     ex2,
     f32,
@@ -70,14 +72,13 @@ from cuda_kernels.ptx.language import (
     mbarrier_init,
     mbarrier_wait,
     mn_major,
-    pack,
     rcp,
     setmaxnreg_dec,
     setmaxnreg_inc,
     shared_address,
     shfl_bfly_f32,
-    st_shared_32,
     st_shared_128,
+    stmatrix_x4,
     swizzle,
     sync_warp,
     tma_commit,
@@ -106,7 +107,8 @@ from cuda_kernels.tiles import (
 )
 
 BLOCK_ROWS = 2 * ROWS
-VOTE, OUT = 1, 3  # barriers of the block, + the number of the group
+VOTE = 1  # barrier of the block, + the number of the group
+LN_2 = math.log(2.0)
 GROWTH = 8.0  # the maximum that weights are relative to lags behind by less, in powers of two
 SIGNATURE = (  # arrays of any strides: one build serves them all
     "void(tensor_map, tensor_map, tensor_map, tensor_map, int32[:,::1], float32[:,::1], "
@@ -287,7 +289,7 @@ def make_kernel(head_dim, v_head_dim, dtype, skip, with_gap):
             vote_group = i32(row0 // ROWS)
             exists = row0 >= 0 and vote_group < i32(state.shape[2])
             tells = mine == 64 and exists
-            verdicts = state[batch, head, vote_group if exists else i32(0)]
+            verdicts = state[batch, head, u32(vote_group) if exists else u32(0)]
             first_seen, stop_seen, all_from, all_until = tiles_of(row0, lq, lk, causal, window)
             upper_row = i32(row0 + i32(warp * u32(16) + (lane >> u32(2))))
             lower_row = i32(upper_row + 8)
@@ -419,56 +421,58 @@ def make_kernel(head_dim, v_head_dim, dtype, skip, with_gap):
                 u_upper = f32(u_upper + most(seen_upper, t_upper, top_upper, scale_log2))
                 u_lower = f32(u_lower + most(seen_lower, t_lower, top_lower, scale_log2))
                 mbarrier_wait(u32(v_full + 8 * before), before_parity)  # nothing is on its way
-            if skip and tells and n > 0:
-                verdicts[u32(j_before)] = u8(u32(2) - kept)
 
-            # --- what is known of the rows
+            # --- outputs; 0 in rows that are no request's, for 0 · NaN is NaN
             l_upper, l_lower = quad_sum(l_upper), quad_sum(l_lower)
-            u_upper, u_lower = f32(quad_sum(u_upper)), f32(quad_sum(u_lower))
             over_upper = rcp(l_upper) if l_upper > 0 else f32(0.0)
             over_lower = rcp(l_lower) if l_lower > 0 else f32(0.0)
             scale_rows(acc, v_blocks, over_upper, over_lower)
-            for half in range(2):
-                row = i32(upper_row + 8 * half)
-                l, u = (l_upper, u_upper) if half == 0 else (l_lower, u_lower)
-                top = top_upper if half == 0 else top_lower
-                u = f32(u * f32(BOUND_SAFETY))
-                if u32(lane & u32(3)) == 0 and exists and row < i32(lse.shape[2]):
-                    real = row < lq and l > 0
-                    known = f32(top / f32(LOG2_E) + math.log(l)) if real else f32(minus_infinity)
-                    share = f32(u * rcp(f32(l + u))) if real and u > 0 else f32(0.0)
-                    lse[batch, head, q_first + row] = known
-                    bound[batch, head, q_first + row] = share
-                if row >= lq:
-                    for block in range(v_blocks):
-                        acc[block, 2 * half] = f32(0.0)
-                        acc[block, 2 * half + 1] = f32(0.0)
+            if vote_all(u32(lower_row < lq)) == 0:
+                for block in range(v_blocks):
+                    for i in range(2):
+                        acc[block, i] = acc[block, i] if upper_row < lq else f32(0.0)
+                        acc[block, i + 2] = acc[block, i + 2] if lower_row < lq else f32(0.0)
 
-            # --- out, through shared memory where this group's rows of Q were
-            bar_sync(u32(OUT + group), 128)
-            place = u32(base + u32(group) * u32(BOX // 2))
-            row_here = u32(warp * u32(16) + (lane >> u32(2)))
-            for block in range(v_blocks):
-                at = u32(place + row_here * u32(128) + u32(block // 8 * BOX + block % 8 * 16))
-                at = u32(at + (lane & u32(3)) * u32(4))
-                st_shared_32(swizzle(at), pack(acc[block, 0], acc[block, 1], dtype))
-                st_shared_32(swizzle(u32(at + 1024)), pack(acc[block, 2], acc[block, 3], dtype))
+            # --- out, through shared memory where this warp's rows of Q were, 16 × 16 per store:
+            # lane t gives the address of row t % 16 in the left or the right 8 columns
+            pack_rows(p, acc, v_blocks, dtype)
+            # not from the number of the group: ptxas would make Q's descriptor anew in every step
+            place = u32(base + u32((thread >> u32(5)) - u32(4)) * u32(16 * 128))
+            at = swizzle(u32(place + (lane & u32(15)) * u32(128) + (lane >> u32(4)) * u32(16)))
+            for i in range(v_head_dim // 16):  # in a swizzled row, 32 bytes on is an exclusive or
+                stmatrix_x4(u32((at ^ u32(i % 4 * 32)) + u32(i // 4 * BOX)), p[i])
             fence_proxy_async()
-            bar_sync(u32(OUT + group), 128)
-            if mine == 0 and exists:
+            sync_warp()
+            if lane == 0 and exists:
+                row = i32(q_first + row0 + i32(warp * u32(16)))
                 for box in range(v_boxes):
-                    tma_store_4d(
-                        out, u32(place + box * BOX), batch, i32(q_first + row0), head, 64 * box
-                    )
+                    tma_store_4d(out, u32(place + box * BOX), batch, row, head, 64 * box)
                 tma_commit()
-                tma_wait_read(0)
 
-            # --- tiles that were not visited, or on which the dense build has no vote
+            # --- while TMA reads them: what is known of the rows, by one lane each
+            u_upper, u_lower = quad_sum(u_upper), quad_sum(u_lower)
+            lower = u32(lane & u32(3)) == 1
+            row = lower_row if lower else upper_row
+            l, u = (l_lower, u_lower) if lower else (l_upper, u_upper)
+            top = top_lower if lower else top_upper
+            u = f32(u * f32(BOUND_SAFETY))
+            if u32(lane & u32(3)) < 2 and exists and row < i32(lse.shape[2]):
+                real = row < lq and l > 0
+                known = f32(top * f32(LN_2) + math.log(l)) if real else f32(minus_infinity)
+                share = f32(u * rcp(f32(l + u))) if real and u > 0 else f32(0.0)
+                lse[batch, head, u32(q_first + row)] = known
+                bound[batch, head, u32(q_first + row)] = share
+
+            # --- the last verdict; and tiles not visited, or on which the dense build has no vote
+            if skip and tells and n > 0 and j_before >= first_seen and j_before < stop_seen:
+                verdicts[u32(j_before)] = u8(u32(2) - kept)
             if exists:
-                for tile in range(i32(mine), i32(state.shape[3]), 128):
-                    if tile < first_seen or tile >= stop_seen:
-                        state[batch, head, vote_group, tile] = u8(0)
+                for tile in range(mine, u32(state.shape[3]), 128):
+                    if i32(tile) < first_seen or i32(tile) >= stop_seen:
+                        verdicts[tile] = u8(0)
                     elif not skip:
-                        state[batch, head, vote_group, tile] = u8(1)
+                        verdicts[tile] = u8(1)
+            if lane == 0 and exists:
+                tma_wait_read(0)
 
     return skip_softmax_prefill_wgmma

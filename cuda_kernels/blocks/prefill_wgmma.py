@@ -4,7 +4,8 @@ from cuda_kernels.blocks.grid import KEYS, ROWS
 
 THREADS = 384
 BOX = 128 * 128  # bytes of a copy: 128 rows of Q, K or V × 64 columns
-Q_BOX, K_BOX, V_BOX, OUT_BOX = (1, 128, 1, 64), (1, KEYS, 1, 64), (1, KEYS, 1, 64), (1, ROWS, 1, 64)
+Q_BOX, K_BOX, V_BOX = (1, 128, 1, 64), (1, KEYS, 1, 64), (1, KEYS, 1, 64)
+OUT_BOX = (1, ROWS // 4, 1, 64)  # every warp of a group stores its own rows
 
 
 def stages(head_dim: int) -> int:
