@@ -29,8 +29,12 @@ begin where both groups end in the same key tile: under a causal mask that is ev
 which one the lengths decide, and the first block may begin one group above the first row.  Tiles
 that only one of the two sees (under a window) are masked for the other, whose rows all vote skip.
 
-**A block ends** with outputs leaving first, each warp's for itself, by way of shared memory.  What
-is reported of rows and tiles is worked out while TMA reads them there.
+**A block begins** with registers given back; then the thread that copies Q, K or V makes the
+mbarriers of its copies and begins with the first.  Consumers prepare meanwhile, and meet them at a
+barrier only before they wait for Q.
+
+**It ends** with outputs leaving first, each warp's for itself, by way of shared memory.  What is
+reported of rows and tiles is worked out while TMA reads them there.
 
 A row beyond the request's own has m = +∞ from the start: whatever its scores, it votes skip.
 
@@ -56,7 +60,9 @@ from cuda_kernels.fragments import (
 from cuda_kernels.ptx.language import (
     K_MAJOR,
     MN_MAJOR,
+    bar_arrive,
     bar_red_and,
+    bar_sync,
     cuda,
     ex2,
     f32,
@@ -107,7 +113,8 @@ from cuda_kernels.tiles import (
 )
 
 BLOCK_ROWS = 2 * ROWS
-VOTE = 1  # barrier of the block, + the number of the group
+VOTE, READY = 1, 3  # barriers of the block; of VOTE, + the number of the group
+AT_READY = THREADS - 32  # all but the fourth warp, which has nothing to do
 LN_2 = math.log(2.0)
 GROWTH = 8.0  # the maximum that weights are relative to lags behind by less, in powers of two
 SIGNATURE = (  # arrays of any strides: one build serves them all
@@ -115,6 +122,13 @@ SIGNATURE = (  # arrays of any strides: one build serves them all
     "float32[:,:,:], float32[:,:,:], uint8[:,:,:,::1], float32[:,:,:,::1], "
     "float32, boolean, int32, int32, int32)"
 )
+
+
+@fragment
+def span_of(spans, batch):
+    """Return first query row, query rows, first key and keys of a request."""
+    q_first, lq = uniform(spans[batch, 0]), uniform(spans[batch, 1])
+    return q_first, lq, uniform(spans[batch, 2]), uniform(spans[batch, 3])
 
 
 @fragment
@@ -137,9 +151,22 @@ def tiles_of(row0, lq, lk, causal, window):
     exist = row0 >= 0 and row0 < lq
     end_first = i32(end_of(row0, lq, lk, causal)) if exist else i32(0)
     end_last = i32(end_of(last_row, lq, lk, causal)) if exist else i32(0)
-    first = i32(max(i32(end_first - window), i32(0)) // KEYS)
-    stop = i32(max(i32(end_last + KEYS - 1) // KEYS, first))
+    # without signs these divisions are shifts: some 40 instructions less before the first product
+    first = i32(u32(max(i32(end_first - window), i32(0))) // u32(KEYS))
+    stop = i32(max(i32(u32(end_last + KEYS - 1) // u32(KEYS)), first))
     return first, stop, i32(end_last - window), end_first
+
+
+@fragment
+def tiles_of_both(row0, lq, lk, causal, window):
+    """Return the first key tile that either group of a block sees, and the one after their last."""
+    first, stop, _, _ = tiles_of(row0, lq, lk, causal, window)
+    first_1, stop_1, _, _ = tiles_of(i32(row0 + ROWS), lq, lk, causal, window)
+    if stop <= first:
+        first, stop = first_1, stop_1
+    elif first_1 < stop_1:
+        first, stop = i32(min(first, first_1)), i32(max(stop, stop_1))
+    return first, stop
 
 
 @fragment
@@ -154,6 +181,14 @@ def after(stage, parity, depth):
     """Return the stage of a ring that follows, and the parity of its phase."""
     last = stage == u32(depth - 1)
     return (u32(0) if last else u32(stage + u32(1))), (u32(parity ^ u32(1)) if last else parity)
+
+
+@fragment
+def make_ring(full, empty, depth, frees):
+    """Make the barriers of a ring: each stage is filled by one copy, and let go by ``frees``."""
+    for stage in range(depth):
+        mbarrier_init(u32(full + 8 * stage), 1)
+        mbarrier_init(u32(empty + 8 * stage), frees)
 
 
 @fragment
@@ -214,37 +249,34 @@ def make_kernel(head_dim, v_head_dim, dtype, skip, with_gap):
         k_empty, v_full = u32(k_full + 8 * depth), u32(k_full + 16 * depth)
         v_empty = u32(k_full + 24 * depth)
         thread = u32(cuda.threadIdx.x)
-        head, batch = uniform(cuda.blockIdx.y), uniform(cuda.blockIdx.z)
-        q_first, lq = uniform(spans[batch, 0]), uniform(spans[batch, 1])
-        k_first, lk = uniform(spans[batch, 2]), uniform(spans[batch, 3])
-        if thread == 0:
-            mbarrier_init(q_full, 1)
-            mbarrier_init(v_raw, 1)
-            for stage in range(depth):
-                mbarrier_init(u32(k_full + 8 * stage), 1)
-                mbarrier_init(u32(v_full + 8 * stage), 1)
-                mbarrier_init(u32(k_empty + 8 * stage), 2)
-                mbarrier_init(u32(v_empty + 8 * stage), 8)  # by every warp of both groups
-            fence_mbarrier_init()
-
-        # --- which rows, and which key tiles either group sees: the longest rows first
-        row_block = i32(i32(cuda.gridDim.x) - 1 - i32(cuda.blockIdx.x))
-        row0 = i32(first_row_of(row_block, lq, lk, causal))
-        first, stop, _, _ = tiles_of(row0, lq, lk, causal, window)
-        first_1, stop_1, _, _ = tiles_of(i32(row0 + ROWS), lq, lk, causal, window)
-        if stop <= first:
-            first, stop = first_1, stop_1
-        elif first_1 < stop_1:
-            first, stop = i32(min(first, first_1)), i32(max(stop, stop_1))
-        n = i32(stop - first)  # key tiles to visit
-        cuda.syncthreads()
-
+        head, batch = u32(cuda.blockIdx.y), u32(cuda.blockIdx.z)
+        row_block = i32(i32(cuda.gridDim.x) - 1 - i32(cuda.blockIdx.x))  # the longest rows first
         if thread < 128:  # --- producers
             setmaxnreg_dec(24)
-            kv_head, lane = i32(u32(head) // u32(heads_per_kv)), u32(thread & u32(31))
+            # who copies makes the mbarriers of its copies: no copy waits for another thread
+            if thread == 0:
+                make_ring(k_full, k_empty, depth, 2)  # let go by either group
+                fence_mbarrier_init()
+            elif thread == 32:
+                make_ring(v_full, v_empty, depth, 8)  # by every warp of both
+                mbarrier_init(v_raw, 1)
+                fence_mbarrier_init()
+            elif thread == 64:
+                mbarrier_init(q_full, 1)
+                fence_mbarrier_init()
+            kv_head, lane = i32(head // u32(heads_per_kv)), u32(thread & u32(31))
+            q_first, lq, k_first, lk = span_of(spans, batch)
+            row0 = i32(first_row_of(row_block, lq, lk, causal))
+            if thread == 64:
+                load_tile(base, q, q_full, boxes, batch, i32(q_first + row0), head)
+            first, stop = tiles_of_both(row0, lq, lk, causal, window)
+            first, n = uniform(first), uniform(i32(stop - first))  # key tiles to visit
+            if thread < 64:
+                bar_arrive(READY, AT_READY)
+            elif thread < 96:  # it will wait for V
+                bar_sync(READY, AT_READY)
             stage, parity = u32(0), u32(0)
             if thread == 0:
-                load_tile(base, q, q_full, boxes, batch, i32(q_first + row0), head)
                 for step in range(n):
                     key = i32(tile_of(order, step, first, n) * KEYS)
                     mbarrier_wait(u32(k_empty + 8 * stage), u32(parity ^ u32(1)))
@@ -282,6 +314,10 @@ def make_kernel(head_dim, v_head_dim, dtype, skip, with_gap):
                     mbarrier_arrive(u32(v_full + 8 * stage))
         else:  # --- consumers: 64 rows each
             setmaxnreg_inc(240)
+            q_first, lq, k_first, lk = span_of(spans, batch)
+            row0 = i32(first_row_of(row_block, lq, lk, causal))
+            first, stop = tiles_of_both(row0, lq, lk, causal, window)
+            n = i32(stop - first)
             group, lane = uniform((thread >> u32(7)) - u32(1)), u32(thread & u32(31))
             warp, mine = u32((thread >> u32(5)) & u32(3)), u32(thread & u32(127))
             frees_k, frees_v = mine == 0, lane == 0  # one of the group; one of each warp
@@ -310,6 +346,7 @@ def make_kernel(head_dim, v_head_dim, dtype, skip, with_gap):
             j, j_before = tile_of(order, 0, first, n), i32(0)
             stage, parity, before, before_parity = u32(0), u32(0), u32(0), u32(0)
             k_tile = k_major(k_base)
+            bar_sync(READY, AT_READY)
             mbarrier_wait(q_full, u32(0))
             if n > 0:
                 mbarrier_wait(k_full, u32(0))
