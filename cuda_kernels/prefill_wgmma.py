@@ -49,7 +49,6 @@ from cuda_kernels.blocks.grid import KEYS, ROWS
 from cuda_kernels.blocks.prefill_wgmma import BOX, THREADS, stages
 from cuda_kernels.fragments import (
     exp2_rows,
-    fill,
     finite,
     pack_rows,
     quad_max,
@@ -72,6 +71,8 @@ from cuda_kernels.ptx.language import (
     fragment,
     i32,
     k_major,
+    ld_shared_4f,
+    ld_shared_128,
     mark_tile,
     mbarrier_arrive,
     mbarrier_arrive_expect_tx,
@@ -247,7 +248,7 @@ def make_kernel(head_dim, v_head_dim, dtype, skip, with_gap):
         q_full = u32(v_base + depth * v_bytes)
         v_raw, k_full = u32(q_full + 8), u32(q_full + 16)
         k_empty, v_full = u32(k_full + 8 * depth), u32(k_full + 16 * depth)
-        v_empty = u32(k_full + 24 * depth)
+        v_empty, zero = u32(k_full + 24 * depth), u32(q_full + 256)  # 512 bytes of zeros
         thread = u32(cuda.threadIdx.x)
         head, batch = u32(cuda.blockIdx.y), u32(cuda.blockIdx.z)
         row_block = i32(i32(cuda.gridDim.x) - 1 - i32(cuda.blockIdx.x))  # the longest rows first
@@ -267,6 +268,9 @@ def make_kernel(head_dim, v_head_dim, dtype, skip, with_gap):
             kv_head, lane = i32(head // u32(heads_per_kv)), u32(thread & u32(31))
             q_first, lq, k_first, lk = span_of(spans, batch)
             row0 = i32(first_row_of(row_block, lq, lk, causal))
+            zeros = cuda.local.array(4, u32)
+            for i in range(4):
+                zeros[i] = u32(0)
             if thread == 64:
                 load_tile(base, q, q_full, boxes, batch, i32(q_first + row0), head)
             first, stop = tiles_of_both(row0, lq, lk, causal, window)
@@ -274,6 +278,7 @@ def make_kernel(head_dim, v_head_dim, dtype, skip, with_gap):
             if thread < 64:
                 bar_arrive(READY, AT_READY)
             elif thread < 96:  # it will wait for V
+                st_shared_128(u32(zero + lane * u32(16)), zeros)
                 bar_sync(READY, AT_READY)
             stage, parity = u32(0), u32(0)
             if thread == 0:
@@ -299,9 +304,6 @@ def make_kernel(head_dim, v_head_dim, dtype, skip, with_gap):
                 # rows behind the last key may hold anything, and 0 · NaN is NaN
                 stage = u32(u32(n - 1) % u32(depth)) if order == ASCENDING else u32(0)
                 tile, key = u32(v_base + stage * u32(v_bytes)), i32((stop - 1) * KEYS)
-                zeros = cuda.local.array(4, u32)
-                for i in range(4):
-                    zeros[i] = u32(0)
                 mbarrier_wait(v_raw, u32(0))
                 at = u32(u32(lk - key) * u32(128) + lane * u32(16))
                 while at < BOX:
@@ -333,7 +335,6 @@ def make_kernel(head_dim, v_head_dim, dtype, skip, with_gap):
             s = cuda.local.array((blocks, 4), f32)  # [64 rows, 128 keys]
             p = cuda.local.array((pairs, 4), u32)  # of the tile before: [64 rows, 128 keys]
             acc = cuda.local.array((v_blocks, 4), f32)  # [64 rows, Dv]
-            fill(acc, v_blocks, 0.0)
             m_upper = f32(minus_infinity) if upper_row < lq else f32(math.inf)
             m_lower = f32(minus_infinity) if lower_row < lq else f32(math.inf)
             top_upper, top_lower = m_upper, m_lower  # weights are relative to 2**top
@@ -347,6 +348,12 @@ def make_kernel(head_dim, v_head_dim, dtype, skip, with_gap):
             stage, parity, before, before_parity = u32(0), u32(0), u32(0), u32(0)
             k_tile = k_major(k_base)
             bar_sync(READY, AT_READY)
+            # zeros that ptxas does not know of: others it would make between the first K's arrival
+            # and the first product, and those of acc twice
+            for block in range(v_blocks):
+                ld_shared_4f(acc[block], u32(zero + 16 * block))
+            for pair in range(pairs):
+                ld_shared_128(p[pair], u32(zero + 16 * (v_blocks + pair)))
             mbarrier_wait(q_full, u32(0))
             if n > 0:
                 mbarrier_wait(k_full, u32(0))

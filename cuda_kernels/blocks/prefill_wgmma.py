@@ -14,8 +14,8 @@ def stages(head_dim: int) -> int:
 
 
 def shared_bytes(head_dim: int, v_head_dim: int) -> int:
-    """Dynamic shared memory of a block: Q, K, V, and barriers."""
-    return BOX * (head_dim // 64 + stages(head_dim) * (head_dim + v_head_dim) // 64) + 256
+    """Dynamic shared memory of a block: Q, K, V, barriers, and zeros."""
+    return BOX * (head_dim // 64 + stages(head_dim) * (head_dim + v_head_dim) // 64) + 256 + 512
 
 
 def blocks(groups: int, causal: bool) -> int:
