@@ -29,9 +29,8 @@ begin where both groups end in the same key tile: under a causal mask that is ev
 which one the lengths decide, and the first block may begin one group above the first row.  Tiles
 that only one of the two sees (under a window) are masked for the other, whose rows all vote skip.
 
-**A block begins** with registers given back; then the thread that copies Q, K or V makes the
-mbarriers of its copies and begins with the first.  Consumers prepare meanwhile, and meet them at a
-barrier only before they wait for Q.
+**A block begins** with the copies of Q and of the first K: who copies makes the mbarriers of its
+copies, and all meet at a barrier only then.
 
 **It ends** with outputs leaving first, each warp's for itself, by way of shared memory.  What is
 reported of rows and tiles is worked out while TMA reads them there.
@@ -59,9 +58,7 @@ from cuda_kernels.fragments import (
 from cuda_kernels.ptx.language import (
     K_MAJOR,
     MN_MAJOR,
-    bar_arrive,
     bar_red_and,
-    bar_sync,
     cuda,
     ex2,
     f32,
@@ -114,8 +111,7 @@ from cuda_kernels.tiles import (
 )
 
 BLOCK_ROWS = 2 * ROWS
-VOTE, READY = 1, 3  # barriers of the block; of VOTE, + the number of the group
-AT_READY = THREADS - 32  # all but the fourth warp, which has nothing to do
+VOTE = 1  # a barrier of the block, + the number of the group
 LN_2 = math.log(2.0)
 GROWTH = 8.0  # the maximum that weights are relative to lags behind by less, in powers of two
 SIGNATURE = (  # arrays of any strides: one build serves them all
@@ -123,13 +119,6 @@ SIGNATURE = (  # arrays of any strides: one build serves them all
     "float32[:,:,:], float32[:,:,:], uint8[:,:,:,::1], float32[:,:,:,::1], "
     "float32, boolean, int32, int32, int32)"
 )
-
-
-@fragment
-def span_of(spans, batch):
-    """Return first query row, query rows, first key and keys of a request."""
-    q_first, lq = uniform(spans[batch, 0]), uniform(spans[batch, 1])
-    return q_first, lq, uniform(spans[batch, 2]), uniform(spans[batch, 3])
 
 
 @fragment
@@ -250,39 +239,43 @@ def make_kernel(head_dim, v_head_dim, dtype, skip, with_gap):
         k_empty, v_full = u32(k_full + 8 * depth), u32(k_full + 16 * depth)
         v_empty, zero = u32(k_full + 24 * depth), u32(q_full + 256)  # 512 bytes of zeros
         thread = u32(cuda.threadIdx.x)
-        head, batch = u32(cuda.blockIdx.y), u32(cuda.blockIdx.z)
+        head, batch, lane = u32(cuda.blockIdx.y), u32(cuda.blockIdx.z), u32(thread & u32(31))
+        kv_head = i32(head // u32(heads_per_kv))
+        q_first, lq = uniform(spans[batch, 0]), uniform(spans[batch, 1])
+        k_first, lk = uniform(spans[batch, 2]), uniform(spans[batch, 3])
         row_block = i32(i32(cuda.gridDim.x) - 1 - i32(cuda.blockIdx.x))  # the longest rows first
+        row0 = i32(first_row_of(row_block, lq, lk, causal))
+
+        # --- who copies makes the mbarriers of its copies, and begins before it meets the others
+        zeros = cuda.local.array(4, u32)
+        for i in range(4):
+            zeros[i] = u32(0)
+        if thread == 0:
+            make_ring(k_full, k_empty, depth, 2)  # let go by either group
+            fence_mbarrier_init()
+        elif thread == 32:
+            make_ring(v_full, v_empty, depth, 8)  # by every warp of both
+            mbarrier_init(v_raw, 1)
+            fence_mbarrier_init()
+        elif thread == 64:
+            mbarrier_init(q_full, 1)
+            fence_mbarrier_init()
+            load_tile(base, q, q_full, boxes, batch, i32(q_first + row0), head)
+        elif thread >= 96 and thread < 128:
+            st_shared_128(u32(zero + lane * u32(16)), zeros)
+        first, stop = tiles_of_both(row0, lq, lk, causal, window)
+        first, n = uniform(first), uniform(i32(stop - first))  # key tiles to visit
+        if thread == 0 and n > 0:
+            key = i32(tile_of(order, 0, first, n) * KEYS)
+            load_tile(k_base, k, k_full, boxes, batch, i32(k_first + key), kv_head)
+        cuda.syncthreads()
+
         if thread < 128:  # --- producers
             setmaxnreg_dec(24)
-            # who copies makes the mbarriers of its copies: no copy waits for another thread
-            if thread == 0:
-                make_ring(k_full, k_empty, depth, 2)  # let go by either group
-                fence_mbarrier_init()
-            elif thread == 32:
-                make_ring(v_full, v_empty, depth, 8)  # by every warp of both
-                mbarrier_init(v_raw, 1)
-                fence_mbarrier_init()
-            elif thread == 64:
-                mbarrier_init(q_full, 1)
-                fence_mbarrier_init()
-            kv_head, lane = i32(head // u32(heads_per_kv)), u32(thread & u32(31))
-            q_first, lq, k_first, lk = span_of(spans, batch)
-            row0 = i32(first_row_of(row_block, lq, lk, causal))
-            zeros = cuda.local.array(4, u32)
-            for i in range(4):
-                zeros[i] = u32(0)
-            if thread == 64:
-                load_tile(base, q, q_full, boxes, batch, i32(q_first + row0), head)
-            first, stop = tiles_of_both(row0, lq, lk, causal, window)
-            first, n = uniform(first), uniform(i32(stop - first))  # key tiles to visit
-            if thread < 64:
-                bar_arrive(READY, AT_READY)
-            elif thread < 96:  # it will wait for V
-                st_shared_128(u32(zero + lane * u32(16)), zeros)
-                bar_sync(READY, AT_READY)
             stage, parity = u32(0), u32(0)
             if thread == 0:
-                for step in range(n):
+                stage = u32(1)
+                for step in range(i32(1), n):  # the first is on its way
                     key = i32(tile_of(order, step, first, n) * KEYS)
                     mbarrier_wait(u32(k_empty + 8 * stage), u32(parity ^ u32(1)))
                     load_tile(
@@ -316,11 +309,7 @@ def make_kernel(head_dim, v_head_dim, dtype, skip, with_gap):
                     mbarrier_arrive(u32(v_full + 8 * stage))
         else:  # --- consumers: 64 rows each
             setmaxnreg_inc(240)
-            q_first, lq, k_first, lk = span_of(spans, batch)
-            row0 = i32(first_row_of(row_block, lq, lk, causal))
-            first, stop = tiles_of_both(row0, lq, lk, causal, window)
-            n = i32(stop - first)
-            group, lane = uniform((thread >> u32(7)) - u32(1)), u32(thread & u32(31))
+            group = uniform((thread >> u32(7)) - u32(1))
             warp, mine = u32((thread >> u32(5)) & u32(3)), u32(thread & u32(127))
             frees_k, frees_v = mine == 0, lane == 0  # one of the group; one of each warp
             row0 = i32(row0 + group * ROWS)
@@ -347,7 +336,6 @@ def make_kernel(head_dim, v_head_dim, dtype, skip, with_gap):
             j, j_before = tile_of(order, 0, first, n), i32(0)
             stage, parity, before, before_parity = u32(0), u32(0), u32(0), u32(0)
             k_tile = k_major(k_base)
-            bar_sync(READY, AT_READY)
             # zeros that ptxas does not know of: others it would make between the first K's arrival
             # and the first product, and those of acc twice
             for block in range(v_blocks):
