@@ -38,7 +38,8 @@ reported of rows and tiles is worked out while TMA reads them there.
 A row beyond the request's own has m = +∞ from the start: whatever its scores, it votes skip.
 
 **Measured and left out** (H200, 16K tokens; ``results/log.md``): V asked for after the votes loses
-up to 16 %, blocks that stay for more rows 5 to 12 %, who keeps passing the vote unheard up to 4 %.
+up to 16 %, blocks that stay for more rows 5 to 12 %, who keeps passing the vote unheard up to 4 %,
+clusters of two blocks that share copies 1 to 4 %.
 """
 
 import math

@@ -46,7 +46,8 @@ def cp_async_16_zfill(shared: int, source: int, size: int) -> None:
 def cp_async_16_zfill_if(shared: int, source: int, size: int, wanted: int) -> None:
     """Begin to copy as :func:`cp_async_16_zfill` does, unless ``wanted`` is 0.
 
-    A predicate, not a branch: the compiler leaves it where it stands, among other instructions.
+    A predicate, not a branch, so that it can stand among other instructions; the assembler may
+    still branch around it.
 
     PTX ISA: ``cp.async`` with ``src-size``, predicated.
     """
