@@ -183,6 +183,27 @@ def multiply(c, a, b, part, dtype):
 
 
 @fragment
+def multiply_qk(
+    s, a, b, q_lane, k_lane, v_copy, wanted, steps, q_stages, width, v_width, v_slices, dtype
+):  # fmt: skip
+    """Add Q Kᵀ to s [32, 64]; begin to copy V, if ``wanted``, some rows after each product."""
+    share, rows, step = v_copy
+    if q_stages < steps:
+        load_q(a[0], q_lane, 0, width)
+    load_k(b[0], k_lane, 0, 0, width)
+    for d in range(steps):  # while one half is multiplied, the next is being loaded
+        load_k(b[1], k_lane, d, 1, width)
+        multiply(s, a[d % q_stages], b[0], 0, dtype)
+        load_slices(share, rows, step, v_width, 2 * d, v_slices, wanted)
+        if d + 1 < steps:
+            if q_stages < steps:
+                load_q(a[(d + 1) % q_stages], q_lane, d + 1, width)
+            load_k(b[0], k_lane, d + 1, 0, width)
+        multiply(s, a[d % q_stages], b[1], 1, dtype)
+        load_slices(share, rows, step, v_width, 2 * d + 1, v_slices, wanted)
+
+
+@fragment
 def raise_maximum(mine, x, t, quad_lane, turn):
     """Raise the running maximum of row ``quad_lane``, at ``mine``, to the tile's, in three turns.
 
@@ -253,23 +274,6 @@ def make_kernel(head_dim, v_head_dim, dtype, skip, with_gap):
     one_way = head_dim != 128 or with_gap
     compares = skip or with_gap
     minus_infinity = -math.inf
-
-    @fragment
-    def multiply_qk(s, a, b, q_lane, k_lane, v_share, v_rows, v_step, wanted):
-        """Add Q Kᵀ to s [32, 64]; begin to copy V, if ``wanted``, some rows after each product."""
-        if not stay:
-            load_q(a[0], q_lane, 0, width)
-        load_k(b[0], k_lane, 0, 0, width)
-        for d in range(steps):  # while one half is multiplied, the next is being loaded
-            load_k(b[1], k_lane, d, 1, width)
-            multiply(s, a[d % q_stages], b[0], 0, dtype)
-            load_slices(v_share, v_rows, v_step, v_width, 2 * d, v_slices, wanted)
-            if d + 1 < steps:
-                if not stay:
-                    load_q(a[(d + 1) % q_stages], q_lane, d + 1, width)
-                load_k(b[0], k_lane, d + 1, 0, width)
-            multiply(s, a[d % q_stages], b[1], 1, dtype)
-            load_slices(v_share, v_rows, v_step, v_width, 2 * d + 1, v_slices, wanted)
 
     @cuda.jit(launch_bounds=(THREADS, 2 if head_dim <= 128 else 1))
     def skip_softmax_prefill_mma(
@@ -381,12 +385,17 @@ def make_kernel(head_dim, v_head_dim, dtype, skip, with_gap):
             if stay and step == 0:
                 for d in range(steps):
                     load_q(a[d], q_lane, d, width)
-            if one_way:
-                multiply_qk(s, a, b, q_lane, k_lane, v_share, v_rows, v_step, early)
-            elif early:
-                multiply_qk(s, a, b, q_lane, k_lane, v_share, v_rows, v_step, u32(1))
+            v_copy = v_share, v_rows, v_step
+            if one_way or early:
+                multiply_qk(
+                    s, a, b, q_lane, k_lane, v_copy, early if one_way else u32(1),
+                    steps, q_stages, width, v_width, v_slices, dtype,
+                )  # fmt: skip
             else:
-                multiply_qk(s, a, b, q_lane, k_lane, v_share, v_rows, v_step, u32(0))
+                multiply_qk(
+                    s, a, b, q_lane, k_lane, v_copy, u32(0),
+                    steps, q_stages, width, v_width, v_slices, dtype,
+                )  # fmt: skip
             cp_async_commit()
 
             # --- the mask comes first
