@@ -465,7 +465,7 @@ def make_kernel(head_dim, v_head_dim, dtype, skip, with_gap):
                     x[0], x[1] = f32(older + quad_scatter_sum(t, quad_lane)), now
                     st_shared_4f(my_bound, x)
                     continue
-                if not early:
+                if not early:  # the last one was skipped, so V is yet to be asked for
                     left = i32(lk - key)
                     load_rows(anew(thread), v_tile, v_rows, key, v_step, left, KEYS, v_width)
                     cp_async_commit()
