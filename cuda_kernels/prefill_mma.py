@@ -98,7 +98,7 @@ from cuda_kernels.tiles import (
 )
 
 SLICES = KEYS // 16  # of 16 rows of K or V
-AT_ONCE = 4  # chunks that a thread begins to copy after a product; with 2, 1 to 4 % slower
+AT_ONCE = 4  # chunks a thread begins to copy after a product; 2 are 1 to 4 % slower at 128
 GROWTH = 8.0  # the maximum that weights are relative to lags behind by less, in powers of two
 SIGNATURE = (  # arrays of any strides: one build serves them all
     "void(int16[:,:,:,:], int16[:,:,:,:], int16[:,:,:,:], int16[:,:,:,:], int32[:,::1], "
@@ -269,8 +269,8 @@ def make_kernel(head_dim, v_head_dim, dtype, skip, with_gap):
     k_slices, v_slices = AT_ONCE * 8 // width, AT_ONCE * 8 // v_width
     if head_dim == 192:  # with two, the compiler does not unroll the 12 steps of Q Kᵀ
         v_slices = 1
-    # Copies that may not be wanted are branched around, one by one, and that costs 2 % at head_dim
-    # 128; two ways of Q Kᵀ, with copies and without, cost 1 % at 64.
+    # Copies that may not be wanted are branched around, one by one, and that costs 1 to 3 % at
+    # head_dim 128; two ways of Q Kᵀ, with copies and without, cost 2 % at 64 if nothing is skipped.
     one_way = head_dim != 128 or with_gap
     compares = skip or with_gap
     minus_infinity = -math.inf

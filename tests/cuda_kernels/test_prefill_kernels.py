@@ -165,6 +165,18 @@ def test_emulated_tiles_that_one_warp_keeps(backend):
     assert got[1].state[0, 0, 0].tolist() == [1 if x is not None else 2 for x in KEPT_BY]
 
 
+def test_emulated_skip_of_the_last_tile_copies_no_further_one(backend):
+    """Visited downwards, tile 0 is the last: what would come next lies before the array."""
+    q, v = np.ones((1, 64, 1, 64), np.float16), np.ones((1, 256, 1, 64), np.float16)
+    k = np.ones((1, 256, 1, 64), np.float16)
+    k[:, :128] = -1
+    settings = {"causal": False, "order": "descending", "threshold": 0.5}
+    _, report = skip_softmax_attention(
+        q, k, v, **settings, emulate=True, backend=backend, return_report=True
+    )
+    assert report.state[0, 0, 0].tolist() == [2, 1]
+
+
 def test_reference_of_unequal_lengths_is_that_of_each_request():
     _, whole = ragged((64, 64), (130, 200), ([130, 70], [200, 90]))
     settings = {"threshold": 0.5, "backend": "reference", "tile": (8, 16)}
