@@ -19,10 +19,11 @@ where there is no vote.
 The vote is an AND over rows *and* columns, so every thread votes on the maxima of its own columns.
 It compares with the maxima of both halves, which warps leave for each other in shared memory while
 they multiply with V: bit by bit, as what waits for a shuffle holds up the products behind it.  A
-warp leaves its vote there, too, and at the barrier behind it K is done with.  No vote is
-overwritten before all have read it, as before each tile all warps wait.  The last 32 verdicts are
-bits of a word; then 32 threads write them, one each.  Infinities are meant as such, so the kernel
-is compiled without the fast-math promise that there are none.
+thread leaves its vote there, too, a byte, and at the barrier behind it K is done with; then each
+lane looks at four votes, and its warp at all.  No vote is overwritten before all have read it, as
+before each tile all warps wait.  The last 32 verdicts are bits of a word; then 32 threads write
+them, one each.  Infinities are meant as such, so the kernel is compiled without the fast-math
+promise that there are none.
 
 Weights are relative to a maximum that lags behind (FlashAttention-4's conditional rescaling): each
 half of the keys has its own, raised only where a score exceeds it by a factor of 2⁸ in weight.
@@ -80,6 +81,7 @@ from cuda_kernels.ptx.language import (
     shfl_idx_u32,
     st_global_128,
     st_shared_4f,
+    st_shared_8,
     st_shared_32,
     sync_warp,
     u8,
@@ -225,16 +227,15 @@ def raise_maximum(mine, x, t, quad_lane, turn):
 
 
 @fragment
-def first_weights(p, s, acc, l, top, zero, factor, t, scale_log2, tops, writes, v_blocks, dtype):
-    """Turn the first 16 keys' scores into weights relative to 2**top, raised where it lags too far.
+def first_weights(
+    p, s, acc, l, top, zero, factor, t, scale_log2, tops, writes, stays, v_blocks, dtype
+):  # fmt: skip
+    """Turn the first 16 keys' scores into weights relative to 2**top, raised unless it ``stays``.
 
-    Then it is the tile's maxima, ``t`` in this thread's columns, and what was summed is scaled.
+    Raised, it is the tile's maxima, ``t`` in this thread's columns, and what was summed is scaled.
     ``zero`` becomes ``top`` with 0 for −∞, ``factor`` is room, and ``tops`` where ``top`` is kept.
     """
-    over = f32(-math.inf)
-    for r in range(4):  # fmax leaves out −inf − −inf: a row that has seen nothing yet
-        over = fmax(over, f32(t[r] * scale_log2 - top[r]))
-    if vote_all(u32(over <= f32(GROWTH))) == 0:
+    if stays == 0:
         for r in range(4):
             factor[r] = top[r]
             top[r] = fmax(top[r], f32(quad_max(t[r]) * scale_log2))
@@ -288,8 +289,9 @@ def make_kernel(head_dim, v_head_dim, dtype, skip, with_gap):
         base = shared_address(memory, 0)
         k_tile, v_tile = u32(base + q_bytes), u32(base + q_bytes + k_bytes)
         maxima = u32(v_tile + v_bytes)  # [half of the keys, 64 rows], and the like of top
-        verdicts = u32(maxima + 4 * HALF)  # of the four warps; then ln λ, and q_first
-        slots = u32(verdicts + 128)  # of each thread: its 4 running sums; u and what that refers to
+        votes = u32(maxima + 4 * HALF)  # a byte of each thread; then ln λ, and q_first
+        constants = u32(votes + THREADS)
+        slots = u32(constants + 16)  # of each thread: its 4 running sums; u and what that refers to
         thread = u32(cuda.threadIdx.x)
         lane, quad_lane = u32(thread & u32(31)), u32(thread & u32(3))
         row_half, key_half = u32((thread >> u32(5)) & u32(1)), u32(thread >> u32(6))
@@ -354,10 +356,11 @@ def make_kernel(head_dim, v_head_dim, dtype, skip, with_gap):
         if skip:
             st_shared_4f(my_bound, l)
         if thread == 0:
-            st_shared_32(u32(verdicts + 16), float_bits(ln_lam[batch, head]))
-            st_shared_32(u32(verdicts + 20), u32(q_first))
+            st_shared_32(constants, float_bits(ln_lam[batch, head]))
+            st_shared_32(u32(constants + 4), u32(q_first))
         scale_log2 = f32(scale * f32(LOG2_E))
 
+        j = tile_of(order, i32(0), first, n)
         history = u32(0)  # decisions of the last 32 steps, the newest in the lowest bit
         step = i32(-1)
         while True:
@@ -369,7 +372,10 @@ def make_kernel(head_dim, v_head_dim, dtype, skip, with_gap):
             step = i32(step + 1)
             if step >= n:
                 break
-            j = tile_of(order, step, first, n)
+            if not stay:  # a register is dearer there than to find it again
+                j = tile_of(order, step, first, n)
+            j_next = tile_of(order, i32(step + 1), first, n)
+            more = u32(i32(step + 1) < n)
             mark_tile(u32(j))
             cp_async_wait(0)
             cuda.syncthreads()  # K of this tile is there; V of the last one is done with
@@ -411,8 +417,7 @@ def make_kernel(head_dim, v_head_dim, dtype, skip, with_gap):
                     mask_row(s[r // 2], blocks, 2 * (r % 2), column, i32(end - window), end)
 
             # --- the vote, on the maxima of this thread's columns; before it, what comes after it
-            more = u32(i32(step + 1) < n)
-            next_key = i32(tile_of(order, i32(step + 1), first, n) * KEYS)
+            next_key = i32(j_next * KEYS)
             k_share = share_of(anew(thread), k_tile, next_key, k_step, i32(lk - next_key), width)
             my_maxima = u32(maxima + (anew(thread) >> u32(2)) * 16)
             if compares:
@@ -423,7 +428,7 @@ def make_kernel(head_dim, v_head_dim, dtype, skip, with_gap):
             if not stay:
                 ld_shared_4f(l, my_sums)
             if skip:
-                limit = bits_float(ld_shared_32(u32(verdicts + 16)))
+                limit = bits_float(ld_shared_32(constants))
             t[0], t[1] = row_max(s[0], blocks)
             t[2], t[3] = row_max(s[1], blocks)
             if compares:
@@ -438,13 +443,16 @@ def make_kernel(head_dim, v_head_dim, dtype, skip, with_gap):
                     highest = fmax(highest, shfl_bfly_f32(highest, u32(1 << i)))
                 if lane == 0:
                     cuda.atomic.max(gap, (batch, head, group, j), highest)
+            over = f32(minus_infinity)
+            for r in range(4):  # fmax leaves out −inf − −inf, as above
+                over = fmax(over, f32(t[r] * scale_log2 - top[r]))
+            stays = vote_all(u32(over <= f32(GROWTH)))  # what weights are relative to
             if skip:
-                agrees = vote_all(u32(rise < limit))
-                if lane == 0:
-                    st_shared_32(u32(verdicts + (thread >> u32(5)) * 4), agrees)
+                st_shared_8(u32(votes + anew(thread)), u32(rise < limit))
                 cp_async_wait(0)
                 cuda.syncthreads()  # the votes are there, V if it was asked for; K is done with
-                skipped = vote_all(ld_shared_32(u32(verdicts + (anew(thread) & u32(3)) * 4)))
+                four = ld_shared_32(u32(votes + (anew(thread) & u32(31)) * 4))
+                skipped = vote_all(u32(four == u32(0x01010101)))
                 history = u32(u32(history + history) + skipped)
                 if skipped:
                     if more:
@@ -464,6 +472,7 @@ def make_kernel(head_dim, v_head_dim, dtype, skip, with_gap):
                     older = older if x[0] > 0 else f32(0.0)
                     x[0], x[1] = f32(older + quad_scatter_sum(t, quad_lane)), now
                     st_shared_4f(my_bound, x)
+                    j = j_next
                     continue
                 if not early:  # the last one was skipped, so V is yet to be asked for
                     left = i32(lk - key)
@@ -472,7 +481,7 @@ def make_kernel(head_dim, v_head_dim, dtype, skip, with_gap):
 
             # --- online softmax: the first weights while V arrives
             first_weights(
-                p[0], s, acc, l, top, zero, alpha, t, scale_log2, my_tops, quad_lane == 0,
+                p[0], s, acc, l, top, zero, alpha, t, scale_log2, my_tops, quad_lane == 0, stays,
                 v_blocks, dtype,
             )  # fmt: skip
             if not skip or not early:
@@ -496,6 +505,7 @@ def make_kernel(head_dim, v_head_dim, dtype, skip, with_gap):
                     if compares and i > 0 and c == 0:  # nobody compares with the maxima now
                         raise_maximum(u32(maxima + anew(thread) * 4), x, t, quad_lane, i - 1)
             cp_async_commit()
+            j = j_next
 
         # --- merge the halves of the keys: one leaves what it has, the other takes it up
         cp_async_wait(0)
@@ -522,7 +532,7 @@ def make_kernel(head_dim, v_head_dim, dtype, skip, with_gap):
                     st_shared_4f(u32(there + u32((i * v_blocks + block) * 512)), acc[i, block])
         cuda.syncthreads()
         rows_out = i32(q.shape[1]) if padded else lq
-        q_first = i32(ld_shared_32(u32(verdicts + 20)))
+        q_first = i32(ld_shared_32(u32(constants + 4)))
         if key_half == 0:
             ld_shared_4f(x, u32(v_tile + pair))
             highest = fmax(top_row, x[0])
@@ -559,7 +569,7 @@ def make_kernel(head_dim, v_head_dim, dtype, skip, with_gap):
                     two = pack(acc[i, block, c], acc[i, block, c + 1], dtype)
                     st_shared_32(u32(u32(to ^ u32(block % 8 * 16)) + u32(block // 8 * 128)), two)
         cuda.syncthreads()
-        q_first = i32(ld_shared_32(u32(verdicts + 20)))  # again: a register less until here
+        q_first = i32(ld_shared_32(u32(constants + 4)))  # again: a register less until here
         row_here, chunk = u32(thread >> u32(3)), u32(thread & u32(7))
         source = u32(base + (row_here * v_width + (chunk ^ (row_here & u32(7)))) * 16)
         for i in range(ROWS // 16):

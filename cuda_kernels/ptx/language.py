@@ -64,6 +64,7 @@ from cuda_kernels.ptx.memory import (
     st_global_32,
     st_global_128,
     st_shared_4f,
+    st_shared_8,
     st_shared_32,
     st_shared_128,
 )
@@ -169,6 +170,7 @@ __all__ = [
     "st_global_32",
     "st_global_128",
     "st_shared_4f",
+    "st_shared_8",
     "st_shared_32",
     "st_shared_128",
     "stmatrix_x4",

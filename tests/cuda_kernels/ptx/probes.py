@@ -55,6 +55,7 @@ from cuda_kernels.ptx.language import (
     st_global_32,
     st_global_128,
     st_shared_4f,
+    st_shared_8,
     st_shared_32,
     st_shared_128,
     sync_warp,
@@ -277,10 +278,18 @@ def loads_and_stores(source, out):
     st_global_128(global_address(out, (1, t, 0)), words)
     for i in range(4):
         st_global_32(global_address(out, (2, t, i)), ld_shared_32(shared_address(memory, (t, i))))
+    cuda.syncthreads()
+    for i in range(16):  # the rows' bytes, the other way round
+        four = words[(15 - i) // 8, (15 - i) // 4 % 2]
+        to = u32(u32(shared_address(memory, (t, 0))) + i)
+        st_shared_8(to, u32(four >> u32((15 - i) % 4 * 8)))
+    for i in range(4):
+        st_global_32(global_address(out, (3, t, i)), ld_shared_32(shared_address(memory, (t, i))))
 
 
 def loads_expected(source):
-    return np.stack([source, source, source[::-1]])
+    backwards = np.ascontiguousarray(source).view(np.uint8)[:, ::-1].copy().view(np.uint32)
+    return np.stack([source, source, source[::-1], backwards])
 
 
 def words_of(rows):
@@ -508,7 +517,7 @@ PROBES = [
     ),
     Probe(
         "loads and stores", loads_and_stores, "void(uint32[:,:], uint32[:,:,::1])",
-        lambda: [every_other_row()], zeros(3, 32, 4), loads_expected,
+        lambda: [every_other_row()], zeros(4, 32, 4), loads_expected,
     ),
     Probe(
         "ex2", exponentials, "void(float32[::1], float32[::1])", ex2_inputs,
