@@ -1,8 +1,8 @@
 """Small cases of every tensor-core kernel under compute-sanitizer: ``python sanitize.py``.
 
-Needs a GPU, CuPy, and the CUDA toolkit's compute-sanitizer on PATH; takes some minutes, and a launch
-of ``wgmma`` up to one under racecheck, which may look as if it stood still.  Runs
-memcheck, racecheck and synccheck, or those named as arguments, and ends with 0 if all are clean.
+Needs a GPU, CuPy, and the CUDA toolkit's compute-sanitizer on PATH; takes some minutes: a launch of
+``wgmma`` under racecheck up to one, so that it may look as if it stood still.  Runs memcheck,
+racecheck and synccheck, or those named as arguments, and ends with 0 if all are clean.
 Results are held to the contract too, so that a run in which nothing happened is not called clean.
 """
 
