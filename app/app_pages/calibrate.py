@@ -160,8 +160,16 @@ with chart_slot:
     )
 
 # ---- The setting, to copy -----------------------------------------------------------------------
-st.subheader("Take it to an engine", anchor=False)
+st.subheader("Take it to a kernel", anchor=False)
 if len(factors) == len(fitted) > 0:
+    if kernel == "ours" and "prefill" in factors:
+        st.markdown("The kernels of this package take the factor as it is:")
+        st.code(
+            "out = skip_softmax_attention(q, k, v, causal=True, "
+            f"threshold_scale_factor={factors['prefill']:.6g})",
+            language=None,
+            wrap_lines=True,
+        )
     engine = choose("Engine", list(ENGINES), "engine")
     calibration = calibrations.joined(fitted)
     try:
@@ -172,14 +180,6 @@ if len(factors) == len(fitted) > 0:
         if "prefill" in factors and head_dim_of(maps.card) is None:
             st.warning(words.HEAD_DIM_UNKNOWN, icon=":material/warning:")
         st.code(text, language=None, wrap_lines=True)
-    if kernel == "ours" and "prefill" in factors:
-        st.markdown("The kernels of this package take the factor as it is:")
-        st.code(
-            "out = skip_softmax_attention(q, k, v, causal=True, "
-            f"threshold_scale_factor={factors['prefill']:.6g})",
-            language=None,
-            wrap_lines=True,
-        )
     st.download_button(
         "This calibration as JSON",
         lambda: to_json(calibration),

@@ -114,7 +114,7 @@ with curves_slot:
         st.altair_chart(chart, alt=alt)
 if croppable and mask.queries is None and lk > controls.LENGTH_STEP:
     with growth_slot:
-        st.subheader("Gains grow with context", anchor=False)
+        st.subheader("What is skipped in longer contexts", anchor=False)
         whole_view = replace(views_of[shown], length=lk)
         whole = scan_of(source, heads, whole_view, report)
         lengths = charts.lengths_up_to(lk, controls.LENGTH_STEP)
