@@ -4,6 +4,8 @@ Needs a GPU, CuPy, and the CUDA toolkit's compute-sanitizer on PATH; takes some 
 ``wgmma`` under racecheck up to one, so that it may look as if it stood still.  Runs memcheck,
 racecheck and synccheck, or those named as arguments, and ends with 0 if all are clean.
 Results are held to the contract too, so that a run in which nothing happened is not called clean.
+Driver calls that fail are not counted: NVIDIA's Python bindings ask for functions that a driver may
+not have, and ours raise.
 """
 
 import shutil
@@ -31,7 +33,7 @@ def main(arguments):
     for tool in tools:
         command = [
             sanitizer, "--tool", tool, "--error-exitcode", str(FOUND), "--target-processes", "all",
-            sys.executable, __file__, "inside",
+            "--report-api-errors", "no", sys.executable, __file__, "inside",
         ]  # fmt: skip
         done = subprocess.run(command, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
         ran = DONE in done.stdout

@@ -41,6 +41,7 @@ def test_all_tools_run_on_this_file(played, capsys):
     lines = log.read_text().splitlines()
     assert [line.split()[1] for line in lines] == list(sanitize.TOOLS)
     assert all(line.endswith(f"{sanitize.__file__} inside") for line in lines)
+    assert all("--report-api-errors no" in line for line in lines)
 
 
 @pytest.mark.parametrize(
