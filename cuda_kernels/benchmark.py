@@ -293,13 +293,13 @@ def measure(
             found = sparsity[backend, name] = float(report.sparsity.mean())
             if name == "skip" and abs(found - (job.prescribed or 0)) > 0.01:
                 notes.append(f"{about}: {backend} skipped {found:.3f}, not {job.prescribed:g}")
-    times = _times(gpu, calls, rounds)
+    times = interleaved(gpu, calls, rounds)
     peers = [which for which in times if which[1] in PEERS]
     rows = []
     for backend, name in times:
         dense = (backend, "dense")
         against = [dense] if backend and name != "dense" else peers
-        ratios = {other[1]: _ratio(times[backend, name], times[other]) for other in against}
+        ratios = {other[1]: ratio(times[backend, name], times[other]) for other in against}
         ms = statistics.median(times[backend, name])
         rows.append(
             {
@@ -341,7 +341,7 @@ def working(peers: dict[str, Call], wait: Call) -> tuple[dict[str, Call], list[s
     return works, refusals
 
 
-def _times(gpu: Any, calls: dict[Any, Call], rounds: int) -> dict[Any, list[float]]:
+def interleaved(gpu: Any, calls: dict[Any, Call], rounds: int) -> dict[Any, list[float]]:
     """Milliseconds of every candidate in every round, each round in another order."""
     rng = np.random.default_rng(0)
     names = list(calls)
@@ -354,7 +354,7 @@ def _times(gpu: Any, calls: dict[Any, Call], rounds: int) -> dict[Any, list[floa
     return times
 
 
-def _ratio(mine: list[float], theirs: list[float]) -> list[float]:
+def ratio(mine: list[float], theirs: list[float]) -> list[float]:
     """How many times faster mine was in a round: lower quartile, median, upper quartile."""
     return statistics.quantiles(
         [b / a for a, b in zip(mine, theirs, strict=True)], n=4, method="inclusive"

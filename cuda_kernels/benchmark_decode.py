@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from cuda_kernels.benchmark import TINY, Gpu, _bar, _ratio, _times, working
+from cuda_kernels.benchmark import TINY, Gpu, _bar, interleaved, ratio, working
 from cuda_kernels.machine import RESULTS, Record, check_gpu, describe
 
 PAGE, KEYS, HEAD_DIM = 64, 64, 128
@@ -162,7 +162,7 @@ def _measure(
             works, refusals = working(peers, torch.cuda.synchronize)
             candidates |= works
             notes += [f"{about}: {refusal}" for refusal in refusals]
-        times = _times(gpu, candidates, rounds)
+        times = interleaved(gpu, candidates, rounds)
         for name in times:
             if name == "dense" and sparsity:
                 continue  # it is there to be compared with
@@ -280,6 +280,6 @@ def _row(
         "bytes": moved,
         "ms": ms,
         "tb_per_s": moved / ms / 1e9,
-        "ratio": _ratio(times[name], times[against]),  # lower quartile, median, upper quartile
+        "ratio": ratio(times[name], times[against]),  # lower quartile, median, upper quartile
         "against": against,
     }

@@ -99,7 +99,7 @@ def test_ratios_are_of_the_same_round_and_sparsity_is_the_kernels_own():
 
 
 def test_quartiles():
-    ratio = benchmark._ratio([1.0, 1.0, 1.0, 1.0, 2.0], [1.0, 2.0, 3.0, 4.0, 10.0])
+    ratio = benchmark.ratio([1.0, 1.0, 1.0, 1.0, 2.0], [1.0, 2.0, 3.0, 4.0, 10.0])
     assert ratio == [2.0, 3.0, 4.0]
 
 
