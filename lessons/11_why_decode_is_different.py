@@ -21,9 +21,9 @@ import numpy as np
 import sim
 from lessons import checks, helpers, pictures
 from sim.decode import attend_decode, scan_decode
-from sim.draw import PALETTE
+from sim.draw import PALETTE, Axis, labelled
 
-LAM, KEYS, STEPS = 0.01, 64, 8
+LAM, KEYS, STEPS = 0.01, 64, 16
 heads = [helpers.real_head(helpers.LAYER_12, head) for head in range(3)]
 k, v, scale = heads[0].k, heads[0].v, heads[0].scale  # the three heads share them
 print(f"newest token: {heads[0].words[-1]!r}, its cache: {len(k):,} tokens")
@@ -60,7 +60,7 @@ for name, intensity in flops_per_byte.items():
 #
 # ## Predict
 #
-# One plain split skips about two thirds of the tiles of this head group at λ = 0.01 (eight tokens,
+# One plain split skips about 70 % of the tiles of this head group at λ = 0.01 (sixteen tokens,
 # tiles of 64 keys). How many per cent do sixteen plain splits skip?
 
 # %%
@@ -122,8 +122,10 @@ checks.check_decode(decode_step)
 # %% [markdown]
 # ## On a real head group
 #
-# The last eight tokens of the text, each against all tokens up to itself. The speed-up is a model:
-# bytes ÷ bytes. (`python -m sim.decode_time` prints how far published kernels are from it.)
+# The last sixteen tokens of the text, each against all tokens up to itself: shares are means over
+# them, as in the app under "What splits cost". The app's headline is of one token, the newest
+# unless you choose another. The speed-up is a model: bytes ÷ bytes. (`python -m sim.decode_time`
+# prints how far published kernels are from it.)
 
 
 # %%
@@ -148,6 +150,8 @@ for splits in (1, 4, 16, 64):
         f"{splits:3} splits {plain:14.1%} {given:8.1%} {dense / read:21.2f}× {dense / fewer:7.2f}×"
     )
 helpers.reveal(prediction, 100 * found[16][0][1], "per cent of tiles, by 16 plain splits")
+plain, given = (skipped.mean() for skipped, *_ in found[16])
+print(f"the newest token alone, by 16 splits: {plain:.1%} plain, {given:.1%} seeded")
 print("\nthe vote, one seeded split:")
 for which in ((0,), (1,), (2,), (0, 1, 2)):
     name = f"head {which[0]} alone" if len(which) == 1 else "all three together"
@@ -161,16 +165,24 @@ for which in ((0,), (1,), (2,), (0, 1, 2)):
 #
 # ## The picture
 #
-# The cache of the newest token from left to right, a line for each of 16 splits. Above plain, below
-# seeded: blue is computed, orange skipped.
+# The cache of the newest token from left to right, a line for each of 16 splits; left plain, right
+# seeded.
 
 # %%
-lanes = np.zeros((2, 17, len(found[16][0][0])), int)
-for panel, (skipped, *_) in zip(lanes, found[16], strict=True):
+legend = {
+    "in another split": PALETTE["masked"],
+    "computed: its V is read": PALETTE["computed"],
+    "skipped: its V is not read": PALETTE["skipped"],
+}
+images = []
+for skipped, *_ in found[16]:
     j = np.arange(len(skipped))
-    panel[j % 16, j] = 1 + skipped
-image = pictures.categories(lanes.reshape(34, -1)[:-1], list(PALETTE.values()), cell=10)
-helpers.show(image, "11_why_decode_is_different")
+    lanes = np.zeros((16, len(j)), int)
+    lanes[j % 16, j] = 1 + skipped
+    axes = Axis(f"{len(j)} key tiles of {KEYS} keys", len(j)), Axis("16 splits", 16)
+    image = pictures.categories(lanes, list(legend.values()), cell=7)
+    images.append(labelled(image, legend, *axes))
+helpers.show(pictures.side_by_side(images, ["plain", "seeded"]), "11_why_decode_is_different")
 helpers.app_link(
     "decode", source=helpers.LAYER_12, kv_head=0, splits=16, seeded="false", decode_threshold=LAM
 )

@@ -20,7 +20,7 @@ import sim
 from cuda_kernels import detect, skip_softmax_attention
 from cuda_kernels.arrays import to_numpy
 from lessons import helpers
-from sim.draw import tile_map_image
+from sim.draw import labelled_tile_map
 from sim.traces import bundled, read_trace
 
 device = detect()
@@ -70,7 +70,7 @@ print("tiles of head 0, last groups (0 masked, 1 computed, 2 skipped):")
 print(report.tiles.state[0, 0, -4:])
 print(f"guaranteed: no row has lost more than {bound.max():.1%} of its weight")
 head_0 = sim.TileMap(report.tiles.state[0], report.grid, report.order, report.threshold[0])
-helpers.show(tile_map_image(head_0, cell=6 if on_gpu else 48), "first_kernel")
+helpers.show(labelled_tile_map(head_0, cell=6 if on_gpu else 48), "first_kernel")
 
 # %% [markdown]
 # ## Compare with the simulator

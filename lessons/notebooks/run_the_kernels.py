@@ -23,7 +23,7 @@ from cuda_kernels.launch import why_not_assemble
 from cuda_kernels.machine import describe
 from cuda_kernels.resources import CONFIGURATIONS, format_table, resource_table
 from lessons import helpers
-from sim.draw import tile_map_image
+from sim.draw import labelled_tile_map
 from sim.traces import bundled, read_trace
 
 device = detect()
@@ -90,7 +90,7 @@ for report in (report for _, report in results.values()):
     print(f"  tiles of head 0, last group: {report.tiles.state[0, 0, -1]}")
 report = results["mma"][1]
 head_0 = sim.TileMap(report.tiles.state[0], report.grid, report.order, report.threshold[0])
-helpers.show(tile_map_image(head_0, cell=6 if live else 48), "run_the_kernels")
+helpers.show(labelled_tile_map(head_0, cell=6 if live else 48), "run_the_kernels")
 
 # %% [markdown]
 # ## Agreement with the simulator

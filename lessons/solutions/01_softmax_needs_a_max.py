@@ -14,7 +14,7 @@
 import numpy as np
 
 from lessons import checks, helpers, pictures
-from sim.draw import PALETTE
+from sim.draw import PALETTE, Axis, labelled
 
 np.seterr(over="ignore", invalid="ignore")  # we are going to overflow on purpose
 
@@ -147,8 +147,16 @@ def kinds(p):
 
 
 without, with_max = kinds(np.exp(part)), kinds(np.exp(part - m))
-colours = [PALETTE["computed"], PALETTE["skipped"], "#000000"]
-images = [pictures.categories(x, colours, cell=7) for x in (without, with_max)]
+legend = {
+    "a number": PALETTE["computed"],
+    "0: too small": PALETTE["skipped"],
+    "inf: too large": "#000000",
+}
+axes = Axis("tokens looked at", 50, columns.start), Axis("tokens that look", 30, rows.start)
+images = [
+    labelled(pictures.categories(x, list(legend.values()), cell=7), legend, *axes)
+    for x in (without, with_max)
+]
 helpers.show(pictures.side_by_side(images, ["exp(s)", "exp(s - m)"]), "01_softmax_needs_a_max")
 helpers.app_link(source=helpers.LAYER_23, head=2, row=1418)
 print(f"inf: {(without == 2).sum()} without the maximum, {(with_max == 2).sum()} with it")

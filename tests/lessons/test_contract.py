@@ -9,9 +9,14 @@ from pathlib import Path
 from urllib.parse import parse_qsl, urlsplit
 
 import pytest
+from PIL import Image, ImageColor
 
 from lessons import catalogue, checks
-from lessons.helpers import OUTPUT, ROOT
+from lessons.helpers import LAYER_12, OUTPUT, ROOT
+from sim.decode import scan_decode
+from sim.decode_splits import of_splits
+from sim.draw import PALETTE
+from sim.traces import bundled, read_trace
 
 LESSONS = catalogue.lessons()
 each = pytest.mark.parametrize("lesson", LESSONS, ids=lambda lesson: lesson.path.stem)
@@ -263,6 +268,32 @@ def test_link_opens_the_app_with_these_settings(lesson, program, root):
     for name, value in parameters:
         got = app.session_state[name]
         assert got == (value if isinstance(got, str) else json.loads(value)), name
+
+
+@pytest.mark.parametrize(("number", "first"), [(1, "computed"), (11, "masked")])
+def test_pictures_of_cells_have_a_legend(number, first, program):
+    lesson = LESSONS[number]
+    assert program(lesson.solution).status == 0
+    picture = Image.open(OUTPUT / f"{lesson.path.stem}.png")
+    below_the_title = picture.getpixel((12, 38))
+    assert below_the_title == ImageColor.getrgb(PALETTE[first])
+    assert picture.getpixel((2, 38)) == (255, 255, 255)  # not yet the map
+
+
+def test_the_table_of_decode_is_the_apps(program):
+    """The app: means over tokens by `of_splits`, and a headline of the newest token alone."""
+    printed = program(LESSONS[11].solution).stdout
+    trace = read_trace(bundled()[LAYER_12])
+    for splits in (1, 4, 16, 64):
+        [mean] = of_splits([trace], lengths=[4096], splits=[splits], thresholds=[0.01])
+        assert f"{splits:3} splits {mean.plain:14.1%} {mean.seeded:8.1%} " in printed
+    how = {"softmax_scale": trace.softmax_scale, "splits": 16}
+    plain, seeded = (
+        scan_decode(trace.q[None, :, -1], trace.k, [4096], seeded=seeded, **how).decide(0.01)
+        for seeded in (False, True)
+    )
+    shares = f"{plain.sparsity[0]:.1%} plain, {seeded.sparsity[0]:.1%} seeded"
+    assert f"the newest token alone, by 16 splits: {shares}\n" in printed
 
 
 def test_mentioned_files_exist():

@@ -11,11 +11,12 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from PIL import Image
 
 import cuda_kernels
 from cuda_kernels import benchmark
 from lessons import catalogue, helpers
-from lessons.helpers import ROOT, child_environment
+from lessons.helpers import OUTPUT, ROOT, child_environment
 
 pytestmark = [
     pytest.mark.cudasim,
@@ -171,6 +172,9 @@ def test_on_a_gpu_nothing_is_emulated_or_recorded(path, played_gpu, capsys):
     assert re.search(r"tiles that differ: 0 of 3168\b", text)
     assert re.search(r"(bound|guarantee) holds: True", text)
     assert "emulated" not in text
+    picture = Image.open(OUTPUT / f"{path.stem}.png")
+    assert picture.getpixel((0, 0)) == (255, 255, 255)  # not yet the map: axes, legend
+    assert min(picture.size) > 384
     if path == catalogue.RUN_THE_KERNELS:
         assert "kernels in this notebook are launched on NVIDIA H200" in text
         assert "asked for below: mma, wgmma\n" in text
