@@ -23,7 +23,7 @@ import numpy as np
 
 import sim
 from lessons import checks, helpers
-from sim.draw import tile_map_image
+from sim.draw import labelled_tile_map
 
 head = helpers.real_head(helpers.LAYER_12, head=0)
 TILE = (64, 128)
@@ -117,7 +117,7 @@ print(f"scores held at a time: {TILE[0] * TILE[1]:,} instead of {scores.size:,}"
 # %%
 grid = sim.Grid(TILE, 4096, 4096, causal=True)
 tiles = sim.TileMap(state[None], grid, "ascending", np.zeros(1))
-helpers.show(tile_map_image(tiles, cell=6), "03_tiles")
+helpers.show(labelled_tile_map(tiles, cell=6), "03_tiles")
 helpers.app_link(source=helpers.LAYER_12, head=0, threshold=0)
 
 # %% [markdown]

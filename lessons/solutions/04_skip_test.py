@@ -16,7 +16,7 @@ import numpy as np
 
 import sim
 from lessons import checks, helpers, pictures
-from sim.draw import tile_map_image
+from sim.draw import labelled_tile_map
 from sim.geometry import visit_order
 
 head = helpers.real_head(helpers.LAYER_12, head=0)
@@ -113,7 +113,7 @@ for order in ("ascending", "ends_first"):
     simulated = sim.scan(head.q[None], head.k[None], order=order).decide(LAM)
     differ = (simulated.state[0] != state).sum()
     skipped[order] = 100 * tiles.sparsity[0]  # sparsity: skipped ÷ visited
-    images.append(tile_map_image(tiles, cell=6))
+    images.append(labelled_tile_map(tiles, cell=6))
     print(f"{order:10}: {skipped[order]:.1f} % of visited tiles skipped; {differ} unlike sim's")
 helpers.reveal(prediction, skipped["ascending"], "per cent")
 

@@ -25,7 +25,7 @@ import numpy as np
 
 import sim
 from lessons import checks, helpers, pictures
-from sim.draw import tile_map_image
+from sim.draw import labelled_tile_map
 
 # %% [markdown]
 # ## Predict
@@ -190,7 +190,7 @@ print(
 
 # %%
 by_kernel = sim.TileMap(found["state"][0], tiles.grid, tiles.order, tiles.threshold)
-images = [tile_map_image(one, cell=18) for one in (by_kernel, tiles)]
+images = [labelled_tile_map(one, cell=18) for one in (by_kernel, tiles)]
 helpers.show(pictures.side_by_side(images, ["kernel", "simulator"]), "05_blocks_and_threads")
 helpers.app_link(source=helpers.LAYER_12, head=0, length=512, threshold=LAM)
 

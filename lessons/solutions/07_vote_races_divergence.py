@@ -26,7 +26,7 @@ import sim
 from cuda_kernels.emulator import EmulationError, emulate
 from cuda_kernels.ptx.language import bar_red_and, cuda, f32, fmax, shfl_bfly_f32
 from lessons import checks, helpers, pictures
-from sim.draw import PALETTE
+from sim.draw import PALETTE, Axis, labelled
 
 THREADS, KEYS = 64, 16  # one thread for each row of a vote group; keys in a tile
 
@@ -175,8 +175,12 @@ for j in range(20):
     votes[:, j] = tile_max - m < math.log(LAM)
     m = m if skip[j] else np.maximum(m, tile_max)
 agreed = np.broadcast_to(skip.astype(int), (60, 20))
-colours = [PALETTE["computed"], PALETTE["skipped"]]
-images = [pictures.categories(one, colours, cell=9) for one in (votes, agreed)]
+legend = {"computes it": PALETTE["computed"], "skips it": PALETTE["skipped"]}
+axes = Axis("20 key tiles", 20), Axis("60 rows", 60)
+images = [
+    labelled(pictures.categories(one, list(legend.values()), cell=9), legend, *axes)
+    for one in (votes, agreed)
+]
 helpers.show(pictures.side_by_side(images, ["votes", "all together"]), "07_vote_races_divergence")
 print(f"rows vote to skip {votes.mean():.0%} of their work; together they skip {skip.mean():.0%}")
 helpers.app_link(source=helpers.LAYER_12, head=0, length=512, threshold=LAM)
