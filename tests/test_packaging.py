@@ -168,6 +168,27 @@ def test_a_missing_browser_skips_or_fails(
     assert "no Chromium: set CHROMIUM" in done.stdout
 
 
+def test_a_module_with_doctests_is_imported_once(root: Path, tmp_path: Path) -> None:
+    for name in ("pyproject.toml", "conftest.py"):
+        shutil.copy(root / name, tmp_path)
+    (tmp_path / "package").mkdir()
+    (tmp_path / "package/__init__.py").write_text("from package.part import function\n")
+    (tmp_path / "package/part.py").write_text('"""\n>>> 1\n1\n"""\n\ndef function():\n    pass\n')
+    (tmp_path / "test_part.py").write_text(
+        "import package, package.part\n\n"
+        "def test_part():\n    assert package.function is package.part.function\n"
+    )
+    files = ("package/part.py", "test_part.py")
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", *files],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert "2 passed" in done.stdout.splitlines()[-1]
+
+
 class Machine:
     """A copy of the Makefile, and a PATH with nothing on it but what a test puts there."""
 
