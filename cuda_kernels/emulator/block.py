@@ -19,6 +19,7 @@ import numpy as np
 from greenlet import getcurrent, greenlet
 
 from cuda_kernels.emulator import timing
+from cuda_kernels.emulator.arguments import Call
 from cuda_kernels.emulator.arrays import GlobalMemory
 from cuda_kernels.emulator.errors import (
     EmulationError,
@@ -161,7 +162,7 @@ class Thread:
         self.clock = 0.0
         self.issued = 0  # warp-wide instructions of register tiles issued so far
         self.site: Site = (run.__code__, 0)  # of the instruction that it executes
-        self.waits_for: tuple[str, Site | None] = ("", None)
+        self.waits_for: tuple[object, Site | None] = ("", None)
         self.result: Any = None
         self.tile = -1
         self.declared: dict[Site, int] = {}
@@ -220,7 +221,7 @@ class Thread:
                 self.wait(f"for the other lanes at {issued.instruction.__name__}", issued.site)
         self.clock = max(self.clock, warp.done)
 
-    def wait(self, what: str = "", site: Site | None = None) -> Any:
+    def wait(self, what: object = "", site: Site | None = None) -> Any:
         """Let others run until somebody wakes this thread."""
         self.waits_for = (what, site)
         self.block.hub.switch()
@@ -473,6 +474,16 @@ class Thread:
         self.site = site_of(frame)
         if self.issued > self.warp.executed:
             self.settle()
+
+    def calls(self) -> list[Call]:
+        """Return the calls that it is in: of its instruction, and out to the kernel's own."""
+        calls: list[Call] = []
+        frame: FrameType | None = sys._getframe(1)
+        while frame is not None and frame.f_code is not self._run.__code__:
+            if calls or frame.f_code is self.site[0]:
+                calls.append((site_of(frame), dict(frame.f_locals)))
+            frame = frame.f_back
+        return calls
 
     def warp_mask(self) -> int:
         """Return the lanes that the warp has."""

@@ -23,6 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cuda_kernels.emulator import timing
+from cuda_kernels.emulator.arguments import first_argument
 from cuda_kernels.emulator.errors import EmulationError, Site, describe_site, ranges
 from cuda_kernels.ptx.tensor_map import SWIZZLED, TensorMap
 
@@ -81,6 +82,8 @@ class MBarrier:
         self.clock = 0.0  # of the latest arrival
         self.ended = 0.0  # clock at which the last phase ended
         self.maker, self.made, self.site = thread.number, 0, thread.site
+        self.calls = thread.calls()  # whose argument names it: the first wait's, once there is one
+        self.waited_for = False
         self.fenced = False  # whether copies may use it
         self.waiting: list[Thread] = []
         self.polls = 0
@@ -94,17 +97,22 @@ class MBarrier:
         self.known = self._seen.copy()  # to those who wait for the last phase that has ended
         self.known_fence = self._fence.copy()
 
+    def __str__(self) -> str:
+        name = first_argument(self.calls)
+        where = f"{name} (at {self.address})" if name else f"at {self.address}"
+        return f"the mbarrier {where}"
+
     def describe(self, clock: int, who: str) -> str:
         """Say what a copy of a phase did, or what ``who`` has missed of it."""
         if not who:
-            return f"a copy by TMA in phase {clock - 1} of the mbarrier at {self.address}"
+            return f"a copy by TMA in phase {clock - 1} of {self}"
         ended = f"phase {self.phase} goes on" if self.phase < clock else "it has ended"
         return f"{who} has not waited for that phase (parity {(clock - 1) & 1}; {ended})"
 
     def state(self) -> str:
         """Say where it stands."""
         return (
-            f"the mbarrier at {self.address} is in phase {self.phase} (parity {self.phase & 1}) "
+            f"{self} is in phase {self.phase} (parity {self.phase & 1}) "
             f"with {self.count - self.pending} of {self.count} arrivals and "
             f"{self.bytes} bytes to come"
         )
@@ -138,7 +146,7 @@ class MBarrier:
             site = late[0].site
             threads = {wait.thread.number for wait in late if wait.site == site}
             raise EmulationError(
-                f"phase {self.phase} of the mbarrier at {self.address} may end before threads "
+                f"phase {self.phase} of {self} may end before threads "
                 f"{ranges(threads)} have waited for the one before it, of parity "
                 f"{self.phase - 1 & 1} ({describe_site(site)}): nothing orders their wait before "
                 "that end, and later they would wait for a phase that has passed"
@@ -154,7 +162,7 @@ class MBarrier:
         behind = seen[self.actor] < phase - 1
         late = f"; if phase {phase - 2} is meant, it comes too late" if behind else ""
         raise EmulationError(
-            f"a wait for phase {phase} of the mbarrier at {self.address} that may pass too early: "
+            f"a wait for phase {phase} of {self} that may pass too early: "
             f"nothing tells this thread that phase {phase - 1} has ended, and as long as that goes "
             f"on, parity {parity} passes at once; first wait for phase {phase - 1}, or meet one "
             f"who has at a barrier{late}"
@@ -174,6 +182,16 @@ class MBarrier:
     def has_ended(self, parity: int) -> bool:
         """Whether the latest phase of this parity has ended."""
         return self.phase & 1 != parity
+
+
+class PhaseWait(NamedTuple):
+    """What a thread waits for; written out in a report only."""
+
+    parity: int
+    barrier: MBarrier
+
+    def __str__(self) -> str:
+        return f"for the phase of parity {self.parity} of {self.barrier}"
 
 
 def _step(thread: Thread, seen: NDArray[np.int64]) -> Step:
@@ -209,7 +227,7 @@ class Transactions:
         shared = self._block.shared
         if address in self.barriers:
             raise EmulationError(
-                f"the mbarrier at {address} is initialised again: "
+                f"{self.barriers[address]} is initialised again: "
                 f"{describe_site(self.barriers[address].site)} has done it"
             )
         if not 0 < count < 1 << 20:
@@ -233,7 +251,7 @@ class Transactions:
             raise EmulationError(f"no mbarrier at shared address {address} (there are: {known})")
         if barrier.made > self._block.shared.seen[thread.number, barrier.maker]:
             raise EmulationError(
-                f"the mbarrier at {address} was initialised by thread {barrier.maker} "
+                f"{barrier} was initialised by thread {barrier.maker} "
                 f"({describe_site(barrier.site)}) with no barrier between"
             )
         return barrier
@@ -254,6 +272,8 @@ class Transactions:
         barrier = self.find(thread, address)
         if parity not in (0, 1):
             raise EmulationError(f"parity {parity} of an mbarrier; it is 0 or 1")
+        if not barrier.waited_for:
+            barrier.calls, barrier.waited_for = thread.calls(), True
         barrier.check_wait(thread, parity)
         start = thread.clock
         if not barrier.has_ended(parity) and not until:
@@ -269,9 +289,7 @@ class Transactions:
             thread.clock = max(thread.clock, barrier.ended)
         elif until:
             barrier.waiting.append(thread)
-            thread.wait(
-                f"for the phase of parity {parity} of the mbarrier at {address}", thread.site
-            )
+            thread.wait(PhaseWait(parity, barrier), thread.site)
         else:
             return 0
         if thread.lane == 0:
@@ -302,13 +320,13 @@ class Transactions:
         barrier = self.find(thread, address)
         if not barrier.fenced:
             raise EmulationError(
-                f"a copy for the mbarrier at {address}, which thread {barrier.maker} has "
+                f"a copy for {barrier}, which thread {barrier.maker} has "
                 f"initialised ({describe_site(barrier.site)}) with no fence_mbarrier_init behind it"
             )
         self._check_box(shared, source.size)
-        for other in self.barriers:
-            if shared - 8 < other < shared + source.size:
-                raise EmulationError(f"a copy over the mbarrier at {other}")
+        for other in self.barriers.values():
+            if shared - 8 < other.address < shared + source.size:
+                raise EmulationError(f"a copy over {other}")
         copy = Copy(thread, barrier, shared, source.size)
         block.shared.begin_fill(
             thread.number, shared, source.size, barrier.actor, barrier.phase + 1, thread.site
@@ -333,8 +351,8 @@ class Transactions:
         if barrier.phase != copy.phase or (barrier.bytes < 0 and not barrier.pending):
             more = -barrier.bytes if barrier.phase == copy.phase else copy.size
             raise EmulationError(
-                f"{copy.describe()}: wrong expect_tx: the copies of phase {copy.phase} of the "
-                f"mbarrier at {barrier.address} bring {more} bytes more than it expects"
+                f"{copy.describe()}: wrong expect_tx: the copies of phase {copy.phase} of "
+                f"{barrier} bring {more} bytes more than it expects"
             )
         try:
             self._complete(barrier)
@@ -388,7 +406,7 @@ class Transactions:
             raise EmulationError(
                 f"thread {thread} of block {self._block.index}, {describe_site(site)}: a copy by "
                 f"TMA may be in flight when the block ends: nobody has waited for phase {phase} of "
-                f"the mbarrier at {barrier.address}"
+                f"{barrier}"
             )
 
 

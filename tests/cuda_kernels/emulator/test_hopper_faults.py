@@ -417,8 +417,9 @@ FAULTS = [
         "warps 4–7", A_READ, "a copy by TMA in phase 0", "@load", "not waited", "parity 0",
     ]),
     (ring, 256, "producer's wrong phase", "empty", [
-        "deadlock", "threads 0 wait for the phase of parity 0", "is in phase 0",
-        "0 of 1 arrivals", "threads 128–255 wait for the phase of parity 0",
+        "deadlock", r"threads 0 wait for the phase of parity 0 of the mbarrier empty \+ 8 \* 0",
+        r"; the mbarrier empty \+ 8 \* 0 \(at 1048\) is in phase 0", "0 of 1 arrivals",
+        r"threads 128–255 wait for the phase of parity 0 of the mbarrier full \+ 8 \* 0",
     ]),
     (ring, 256, "expects less", "load", ["thread 0 ", "wrong expect_tx", "phase 0", "4096 bytes"]),
     (ring, 256, "expects more", "full", ["deadlock", "1 of 1 arrivals and 8 bytes to come"]),
@@ -597,3 +598,47 @@ def test_a_wait_is_tied_to_its_phase_at_both_ends(schedule, message):
 def test_a_product_orders_the_waits_before_it():
     """Whoever has waited for it knows that all of its warpgroup have issued it."""
     run(handover, 160, "product after the wait", "both")
+
+
+def make_barriers(at, count):
+    for i in range(count):
+        mbarrier_init(u32(at + 8 * i), 1)
+
+
+def hold(ring, stage):
+    mbarrier_wait(u32(ring + 8 * stage), 0)
+
+
+def two_rings(then):
+    """Two rings of two barriers, made at one place; then thread 0 does something with the second.
+
+    Nobody arrives.
+    """
+
+    def kernel():
+        first = shared_address(cuda.shared.array(4, u64, alignment=8), 0)
+        second = u32(first + 16)
+        make_barriers(first, 4)
+        then(second)
+
+    return kernel
+
+
+@pytest.mark.parametrize(
+    ("then", "message"),
+    [
+        (lambda at: hold(at, 1), r"0 wait .* of the mbarrier second \+ 8 \* 1 \(at 1056\), "),
+        (lambda at: hold(*(at, 1)), r"0 wait .* of the mbarrier ring \+ 8 \* 1 \(at 1056\), "),
+        (lambda at: mbarrier_init(at, 1), r": the mbarrier first \+ 8 \* 2 \(at 1048\) is init"),
+    ],
+    ids=["by the first wait", "as far as it is known", "by who makes it"],
+)
+def test_a_report_names_an_mbarrier_as_the_kernel_does(then, message):
+    with pytest.raises(EmulationError, match=message):
+        emulate(two_rings(then), 1, 1)
+
+
+def test_where_the_source_is_not_known_an_mbarrier_has_its_address(monkeypatch):
+    monkeypatch.setattr("linecache.getlines", lambda *_: ["%time\n"])
+    with pytest.raises(EmulationError, match=r"of parity 0 of the mbarrier at 1056, "):
+        emulate(two_rings(lambda at: hold(at, 1)), 1, 1)
