@@ -37,7 +37,7 @@ def against_threshold(curve: Curve, threshold: float) -> list[tuple[alt.LayerCha
     worst, mean = at.worst_dropped_mass, at.mean_dropped_mass
     if worst is None or mean is None:
         return drawn
-    lost = {"worst row": (worst, WORST), "mean of all rows": (mean, MEAN)}
+    lost = {"worst row": (worst, WORST), "mean row": (mean, MEAN)}
     takeaway = (
         f"Larger λ loses more attention: at the current λ {percent(worst[-1])} of the worst row’s, "
         f"{percent(mean[-1])} of a row’s on average."
@@ -71,7 +71,7 @@ def _lines(
     )
     colour = alt.Scale(domain=names, range=[colour for _, colour in series.values()])
     dash = alt.Scale(domain=names, range=[[1, 0], [5, 3]][: len(names)])
-    legend = alt.Legend(title=None, orient="top") if log else None
+    legend = alt.Legend(title=None, orient="top", columns=1) if log else None
     lines = (
         alt.Chart(table)
         .mark_line(interpolate="step-after", strokeWidth=2.5, clip=True)
@@ -88,7 +88,7 @@ def _lines(
         )
     )
     return (lines + _rule("λ", max(threshold, LOWEST))).properties(
-        height=230 if log else 200, width="container"
+        height=250 if log else 200, width="container"
     )
 
 
@@ -121,7 +121,7 @@ def against_length(
         for name, shares in sparsity.items()
     )
     names = list(sparsity)
-    legend = alt.Legend(title=None, orient="top", labelLimit=240)
+    legend = alt.Legend(title=None, orient="top", columns=1, labelLimit=240)
     lines = (
         alt.Chart(table)
         .mark_line(strokeWidth=2.5, point=alt.OverlayMarkDef(size=50, filled=True))
