@@ -289,8 +289,8 @@ def make_kernel(head_dim, v_head_dim, dtype, skip, with_gap):
         base = shared_address(memory, 0)
         k_tile, v_tile = u32(base + q_bytes), u32(base + q_bytes + k_bytes)
         maxima = u32(v_tile + v_bytes)  # [half of the keys, 64 rows], and the like of top
-        votes = u32(maxima + 4 * HALF)  # a byte of each thread; then ln λ, and q_first
-        constants = u32(votes + THREADS)
+        votes = u32(maxima + 4 * HALF)  # a byte of each thread
+        constants = u32(votes + THREADS)  # ln λ, and q_first
         slots = u32(constants + 16)  # of each thread: its 4 running sums; u and what that refers to
         thread = u32(cuda.threadIdx.x)
         lane, quad_lane = u32(thread & u32(31)), u32(thread & u32(3))

@@ -96,9 +96,8 @@ def launching(backend, module):
         plan.RECIPES[backend] = recipe
 
 
-def compare(job, modules, gpu, make_plan, rounds):
+def compare(job, tensors, modules, gpu, make_plan, rounds):
     """Yield, for every kernel of a job and every build, its ratios, and what is said of it."""
-    tensors = job.make(gpu)
     for kernel, threshold in {"dense": 0.0, **job.skip}.items():
         if kernel == "dense" and job.prescribed is not None:
             continue  # the same for every workload
@@ -134,8 +133,13 @@ def show(asked, folder, modules, work):
 
     for job in work():
         about = f"{job.workload:13} {job.head_dim:3} {'causal' if job.causal else 'full':6}"
+        try:
+            tensors = job.make(gpu)
+        except ValueError as reason:  # so much cannot be skipped under that mask
+            print(f"{about} {reason}", flush=True)
+            continue
         for kernel, name, (low, middle, high), said in compare(
-            job, modules, gpu, make_plan, asked.rounds
+            job, tensors, modules, gpu, make_plan, asked.rounds
         ):
             line = f"{about} {kernel:15} {name:12} {middle:.3f} ({low:.3f}–{high:.3f}){said}"
             print(line, flush=True)

@@ -56,7 +56,7 @@ def test_builds_are_timed_in_turns_and_compared_with_the_tree():
         return PlayedPlan(*plans[module], log)
 
     modules = {"tree": None, "quick": "p.quick", "wrong": "p.wrong"}
-    rows = list(compare_builds.compare(job, modules, PlayedGpu(log), make_plan, 4))
+    rows = list(compare_builds.compare(job, job.make(None), modules, PlayedGpu(log), make_plan, 4))
     assert [(kernel, name) for kernel, name, *_ in rows] == [
         (kernel, name) for kernel in ("dense", "skip") for name in modules
     ]
@@ -71,7 +71,7 @@ def test_dense_is_timed_for_one_workload_alone():
     make = lambda gpu: 3 * (np.zeros(2),)  # noqa: E731
     job = Job("columns 0.5", 4096, 64, 1, 1, False, {"skip": 0.01}, make, 0.5)
     plans = compare_builds.compare(
-        job, {"tree": None}, PlayedGpu([]), lambda *_: PlayedPlan(1.0, 0.0, []), 2
+        job, make(None), {"tree": None}, PlayedGpu([]), lambda *_: PlayedPlan(1.0, 0.0, []), 2
     )
     assert [kernel for kernel, *_ in plans] == ["skip"]
 
@@ -102,6 +102,30 @@ def test_plans_launch_the_build_within_and_the_tree_s_again_behind():
     assert plan.RECIPES["mma"] is recipe
     with compare_builds.launching("mma", None):
         assert plan.RECIPES["mma"] is recipe
+
+
+def test_what_cannot_be_made_is_said_and_the_rest_still_compared(monkeypatch, capsys, tmp_path):
+    def out_of_reach(gpu):
+        raise ValueError("sparsity 0.9 is out of reach")
+
+    fine = Job("random", 4096, 64, 1, 1, True, {"skip": 0.5}, lambda gpu: 3 * (np.zeros(2),))
+    work = [Job("columns 0.9", 4096, 64, 1, 1, True, {"skip": 0.01}, out_of_reach, 0.9), fine]
+    monkeypatch.setattr(compare_builds, "Gpu", lambda: PlayedGpu([]))
+    monkeypatch.setattr(
+        "cuda_kernels.attention.skip_softmax_plan", lambda *_, **__: PlayedPlan(1.0, 0.0, [])
+    )
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    asked = SimpleNamespace(backend="mma", rounds=2)
+    compare_builds.show(asked, str(tmp_path), {"tree": None}, lambda: work)
+    first, *others = capsys.readouterr().out.splitlines()
+    assert first.split(maxsplit=4) == [
+        "columns",
+        "0.9",
+        "64",
+        "causal",
+        "sparsity 0.9 is out of reach",
+    ]
+    assert [line.split()[3:5] for line in others] == [["dense", "tree"], ["skip", "tree"]]
 
 
 def test_wrong_use_is_one_sentence(capsys):
