@@ -26,9 +26,9 @@ def fill(tile, n, value):
 @fragment
 def row_max(tile, n):
     """Return the largest value of the upper and of the lower row, in this thread's columns."""
-    upper = f32(-math.inf)
-    lower = f32(-math.inf)
-    for j in range(n):
+    upper = fmax(tile[0, 0], tile[0, 1])
+    lower = fmax(tile[0, 2], tile[0, 3])
+    for j in range(1, n):
         upper = fmax(upper, fmax(tile[j, 0], tile[j, 1]))
         lower = fmax(lower, fmax(tile[j, 2], tile[j, 3]))
     return upper, lower

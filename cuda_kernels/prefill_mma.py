@@ -18,19 +18,24 @@ where there is no vote.
 
 The vote is an AND over rows *and* columns, so every thread votes on the maxima of its own columns.
 It compares with the maxima of both halves, which warps leave for each other in shared memory while
-they multiply with V: bit by bit, as what waits for a shuffle holds up the products behind it.  A
-thread leaves its vote there, too, a byte, and at the barrier behind it K is done with; then each
-lane looks at four votes, and its warp at all.  No vote is overwritten before all have read it, as
-before each tile all warps wait.  The last 32 verdicts are bits of a word; then 32 threads write
-them, one each.  Infinities are meant as such, so the kernel is compiled without the fast-math
+they multiply with V: bit by bit, as what waits for a shuffle holds up the products behind it.  Who
+votes keep leaves the number of the step in one word there, the same as all who do; behind the next
+barrier, where K is done with, everyone looks for it.  It stands until all have, as before each tile
+all warps wait.  Infinities are meant as such, so the kernel is compiled without the fast-math
 promise that there are none.
+
+A branch takes a warp 15 cycles and more, of some 2500 for a tile.  So what is seldom so is not
+asked about at every step: verdicts to be written (bits of a word, until 32 threads write one each),
+the loop's end, and a tile that ends behind the last key come at a ``pause``; and a kept tile for
+which V is there and no maximum is to be raised takes one branch.
 
 Weights are relative to a maximum that lags behind (FlashAttention-4's conditional rescaling): each
 half of the keys has its own, raised only where a score exceeds it by a factor of 2⁸ in weight.
 Until then nothing that was summed is to be scaled, and a row's maximum need not be complete.
-Weights up to 2⁸ are as exact as others.  Votes are on the true running maximum, and what bounds a
-skipped tile's weight is relative to that: to the one of a half whose own keys are all faint, it may
-be too large for a float32.
+Weights up to 2⁸ are as exact as others.  It starts from a number below all scores, not from −∞:
+less that, −∞ is −∞.  Votes are on the true running maximum, and what bounds a skipped tile's weight
+is relative to that: to the one of a half whose own keys are all faint, it may be too large for a
+float32.
 
 Registers are the scarce thing (255, of which output and scores take 192): maxima, bounds and, but
 at head_dim 64, sums lie in shared memory between tiles, and what little else a thread needs is
@@ -46,7 +51,6 @@ from cuda_kernels.fragments import (
     chunk_at,
     exp2_pack,
     fill,
-    finite,
     pick,
     quad_max,
     quad_scatter_sum,
@@ -81,8 +85,8 @@ from cuda_kernels.ptx.language import (
     shfl_idx_u32,
     st_global_128,
     st_shared_4f,
-    st_shared_8,
     st_shared_32,
+    st_shared_relaxed_32,
     sync_warp,
     u8,
     u32,
@@ -90,7 +94,9 @@ from cuda_kernels.ptx.language import (
     vote_all,
 )
 from cuda_kernels.tiles import (
+    ASCENDING,
     BOUND_SAFETY,
+    ENDS_FIRST,
     LOG2_E,
     count_visible,
     end_of,
@@ -100,7 +106,7 @@ from cuda_kernels.tiles import (
 )
 
 SLICES = KEYS // 16  # of 16 rows of K or V
-AT_ONCE = 4  # chunks a thread begins to copy after a product; 2 are 1 to 4 % slower at 128
+LOWEST = -3e38  # below scores, in powers of two, and finite
 GROWTH = 8.0  # the maximum that weights are relative to lags behind by less, in powers of two
 SIGNATURE = (  # arrays of any strides: one build serves them all
     "void(int16[:,:,:,:], int16[:,:,:,:], int16[:,:,:,:], int16[:,:,:,:], int32[:,::1], "
@@ -116,42 +122,47 @@ def row_of(thread):
 
 
 @fragment
-def share_of(thread, shared, first, step, left, width):
-    """Say where a thread's copies of rows go to and come from, and how many rows are left there.
+def share_of(thread, shared, first, step, width):
+    """Say where a thread's copies of rows go to, and where they come from.
 
-    Rows have ``width`` 16-byte chunks and lie ``step`` bytes apart; from row ``first`` on ``left``
-    are left.  A thread copies chunk thread % 8 and every eighth after it, of row thread // 8 and
-    every sixteenth after it.
+    Rows have ``width`` 16-byte chunks and lie ``step`` bytes apart; ``first`` is the topmost.  A
+    thread copies chunk thread % 8 and every eighth after it, of row thread // 8 and every sixteenth
+    after it.
     """
     row, chunk = u32(thread >> u32(3)), u32(thread & u32(7))
     target = u32(shared + (row * width + (chunk ^ (row & u32(7)))) * 16)
-    return target, u32(u32(row * step + chunk * 16) + u32(first) * step), i32(left - i32(row))
+    return target, u32(u32(row * step + chunk * 16) + u32(first) * step)
+
+
+@fragment
+def load_slice(share, source, step, width, i, size, wanted):
+    """Begin to copy, if ``wanted``, a thread's chunks of slice ``i``: 16 bytes each, or zeros."""
+    target, offset = share
+    start = u32(offset + u32(step * u32(16 * i)))
+    for c in range(width // 8):
+        to = u32(target + (16 * i * width + 8 * c) * 16)
+        cp_async_16_zfill_if(to, u64(source + u64(start) + 128 * c), size, wanted)
 
 
 @fragment
 def load_slices(share, source, step, width, turn, count, wanted):
-    """Begin to copy, if ``wanted``, ``count`` slices of 16 rows: those whose turn it is, if any.
-
-    Rows of which none are left become zeros.
-    """
-    target, offset, left = share
+    """Begin to copy, if ``wanted``, ``count`` slices of 16 rows: those whose turn it is, if any."""
     if turn * count < SLICES:
         for i in range(turn * count, turn * count + count):
-            size = u32(16) if left > i32(16 * i) else u32(0)
-            start = u32(offset + u32(step * u32(16 * i)))
-            for c in range(width // 8):
-                to = u32(target + (16 * i * width + 8 * c) * 16)
-                cp_async_16_zfill_if(to, u64(source + u64(start) + 128 * c), size, wanted)
+            load_slice(share, source, step, width, i, u32(16), wanted)
 
 
 @fragment
 def load_rows(thread, shared, source, first, step, left, rows, width):
-    """Begin to copy ``rows`` rows, all at once."""
-    target, offset, own = share_of(thread, shared, first, step, left, width)
+    """Begin to copy ``rows`` rows, all at once; those beyond the ``left`` ones become zeros."""
+    share = share_of(thread, shared, first, step, width)
     if left >= rows:  # then there is no need to look at each
-        load_slices((target, offset, i32(rows)), source, step, width, 0, rows // 16, u32(1))
+        load_slices(share, source, step, width, 0, rows // 16, u32(1))
     else:
-        load_slices((target, offset, own), source, step, width, 0, rows // 16, u32(1))
+        own = i32(left - i32(thread >> u32(3)))
+        for i in range(rows // 16):
+            size = u32(16) if own > i32(16 * i) else u32(0)
+            load_slice(share, source, step, width, i, size, u32(1))
 
 
 @fragment
@@ -227,32 +238,21 @@ def raise_maximum(mine, x, t, quad_lane, turn):
 
 
 @fragment
-def first_weights(
-    p, s, acc, l, top, zero, factor, t, scale_log2, tops, writes, stays, v_blocks, dtype
-):  # fmt: skip
-    """Turn the first 16 keys' scores into weights relative to 2**top, raised unless it ``stays``.
+def raise_top(acc, l, top, factor, t, scale_log2, tops, writes, v_blocks):
+    """Raise what weights are relative to, 2**top, to the tile's maxima, and scale what was summed.
 
-    Raised, it is the tile's maxima, ``t`` in this thread's columns, and what was summed is scaled.
-    ``zero`` becomes ``top`` with 0 for −∞, ``factor`` is room, and ``tops`` where ``top`` is kept.
+    ``t`` has the maxima in this thread's columns, ``factor`` is room, ``tops`` where ``top`` lies.
     """
-    if stays == 0:
-        for r in range(4):
-            factor[r] = top[r]
-            top[r] = fmax(top[r], f32(quad_max(t[r]) * scale_log2))
-            factor[r] = ex2(f32(factor[r] - finite(top[r])))
-            l[r] = f32(l[r] * factor[r])
-        sync_warp()  # all of a quad have read what one of it writes
-        if writes:
-            st_shared_4f(tops, top)
-        scale_rows(acc[0], v_blocks, factor[0], factor[1])
-        scale_rows(acc[1], v_blocks, factor[2], factor[3])
-        for r in range(4):
-            zero[r] = finite(top[r])
-        exp2_pack(p, s, l, zero, scale_log2, 0, dtype)
-    else:  # again: the assembler would put what follows the branch behind the next barrier
-        for r in range(4):
-            zero[r] = finite(top[r])
-        exp2_pack(p, s, l, zero, scale_log2, 0, dtype)
+    for r in range(4):
+        factor[r] = top[r]
+        top[r] = fmax(top[r], f32(quad_max(t[r]) * scale_log2))
+        factor[r] = ex2(f32(factor[r] - top[r]))
+        l[r] = f32(l[r] * factor[r])
+    sync_warp()  # all of a quad have read what one of it writes
+    if writes:
+        st_shared_4f(tops, top)
+    scale_rows(acc[0], v_blocks, factor[0], factor[1])
+    scale_rows(acc[1], v_blocks, factor[2], factor[3])
 
 
 @cache
@@ -267,12 +267,13 @@ def make_kernel(head_dim, v_head_dim, dtype, skip, with_gap):
     q_bytes, k_bytes, v_bytes = 2 * ROWS * head_dim, 2 * KEYS * head_dim, 2 * KEYS * v_head_dim
     stay = head_dim == 64  # Q and the running sums, in registers
     q_stages = steps if stay else 2
-    k_slices, v_slices = AT_ONCE * 8 // width, AT_ONCE * 8 // v_width
+    at_once = 8 if stay else 4  # chunks that a thread begins to copy after a product
+    k_slices, v_slices = at_once * 8 // width, at_once * 8 // v_width
     if head_dim == 192:  # with two, the compiler does not unroll the 12 steps of Q Kᵀ
         v_slices = 1
-    # Copies that may not be wanted are branched around, one by one, and that costs 1 to 3 % at
-    # head_dim 128; two ways of Q Kᵀ, with copies and without, cost 2 % at 64 if nothing is skipped.
-    one_way = head_dim != 128 or with_gap
+    # Copies that may not be wanted are branched around, one by one, and that costs 2 % at head_dim
+    # 128; two ways of Q Kᵀ, with copies and without, cost 4 % at 64, and 2 % in the dense build.
+    one_way = head_dim != 128 or with_gap or not skip
     compares = skip or with_gap
     minus_infinity = -math.inf
 
@@ -289,8 +290,8 @@ def make_kernel(head_dim, v_head_dim, dtype, skip, with_gap):
         base = shared_address(memory, 0)
         k_tile, v_tile = u32(base + q_bytes), u32(base + q_bytes + k_bytes)
         maxima = u32(v_tile + v_bytes)  # [half of the keys, 64 rows], and the like of top
-        votes = u32(maxima + 4 * HALF)  # a byte of each thread
-        constants = u32(votes + THREADS)  # ln λ, and q_first
+        constants = u32(maxima + 4 * HALF)  # ln λ, and q_first
+        vote = u32(constants + 8)  # the last step whose tile somebody voted to keep
         slots = u32(constants + 16)  # of each thread: its 4 running sums; u and what that refers to
         thread = u32(cuda.threadIdx.x)
         lane, quad_lane = u32(thread & u32(31)), u32(thread & u32(3))
@@ -308,6 +309,12 @@ def make_kernel(head_dim, v_head_dim, dtype, skip, with_gap):
         end_last = i32(end_of(last_row, lq, lk, causal)) if row0 < lq else i32(0)
         first = i32(max(i32(end_first - window), i32(0)) // KEYS)
         n = i32(max(i32(i32(end_last + KEYS - 1) // KEYS - first), i32(0)))  # key tiles to visit
+        # keys of tiles clear_from … clear_from + clear − 1 are seen by all rows; the group is full
+        clear_from = i32(max(i32(end_last - window + KEYS - 1), i32(0)) // KEYS)
+        clear = i32(max(i32(end_first // KEYS - clear_from), i32(0)))
+        if row0 + ROWS > lq:
+            clear = i32(0)
+        whole = i32(lk // KEYS)  # tiles that end before the keys do
 
         # --- the first copies: Q, and one tile of K
         q_step, k_step, v_step = u32(q.strides[1]), u32(k.strides[1]), u32(v.strides[1])
@@ -342,53 +349,73 @@ def make_kernel(head_dim, v_head_dim, dtype, skip, with_gap):
         m = cuda.local.array(4, f32)  # running max of all keys,
         l = cuda.local.array(4, f32)  # running sum in its columns,
         top = cuda.local.array(4, f32)  # 2**top is what its weights are relative to;
-        zero = cuda.local.array(4, f32)  # top with 0 for −∞
         alpha = cuda.local.array(4, f32)
         x = cuda.local.array(4, f32)  # for what is exchanged
         fill(acc[0], v_blocks, 0.0)
         fill(acc[1], v_blocks, 0.0)
         for r in range(4):
-            m[r], l[r] = f32(minus_infinity), f32(0.0)
+            m[r], l[r], top[r] = f32(minus_infinity), f32(0.0), f32(LOWEST)
         if quad_lane == 0:
             st_shared_4f(my_maxima, m)
-            st_shared_4f(u32(my_maxima + 2 * HALF), m)
+            st_shared_4f(u32(my_maxima + 2 * HALF), top)
         st_shared_4f(my_sums, l)
         if skip:
             st_shared_4f(my_bound, l)
         if thread == 0:
             st_shared_32(constants, float_bits(ln_lam[batch, head]))
             st_shared_32(u32(constants + 4), u32(q_first))
+            st_shared_32(vote, u32(0))
         scale_log2 = f32(scale * f32(LOG2_E))
 
+        # --- the walk: to the next tile above or below, but for the first two steps of ends_first
         j = tile_of(order, i32(0), first, n)
+        by = i32(1) if order == ASCENDING else i32(-1)
+        leaps = uniform(i32(2) if order == ENDS_FIRST and first == 0 else i32(0))
+        # a tile that ends behind the last key is copied all at once, and zeros where there are no
+        # rows: K at step ``stop``, if it is the last one's, and V ``late``, once it is needed
+        stop = n
+        if order == ASCENDING and n > 1 and i32(first + n) > whole:
+            stop = i32(n - 1)
+        late = u32(j >= whole)
+        pause = i32(min(i32(1 if late else 32), stop))
         history = u32(0)  # decisions of the last 32 steps, the newest in the lowest bit
-        step = i32(-1)
+        step = i32(0)
         while True:
-            if skip and step >= 0 and (u32(step) & u32(31) == 31 or i32(step + 1) == n):
-                last = i32(i32(step & ~31) + i32(anew(thread)))  # a thread writes one of them
-                if last <= step:
-                    decision = u32(u32(history >> u32(step - last)) & u32(1))
-                    state[batch, head, group, tile_of(order, last, first, n)] = u8(1 + decision)
+            if step == pause:
+                if skip:
+                    here = i32(anew(thread))
+                    if here < 32 and here < step:  # of the last 32 decisions, a thread writes one
+                        decision = u32(u32(history >> u32(here)) & u32(1))
+                        tile = tile_of(order, i32(step - 1 - here), first, n)
+                        state[batch, head, group, tile] = u8(1 + decision)
+                if step == n:
+                    break
+                if step == stop:
+                    key = i32(j * KEYS)
+                    left = i32(lk - key)
+                    load_rows(anew(thread), k_tile, k_rows, key, k_step, left, KEYS, width)
+                    cp_async_commit()
+                    stop = n
+                late = u32(j >= whole)
+                pause = i32(min(i32(step + i32(1 if late else 32)), stop))
+            j_next = i32(j + by)
+            if step < leaps:
+                j_next = i32(0) if step == 0 else i32(n - 2)
             step = i32(step + 1)
-            if step >= n:
-                break
-            if not stay:  # a register is dearer there than to find it again
-                j = tile_of(order, step, first, n)
-            j_next = tile_of(order, i32(step + 1), first, n)
-            more = u32(i32(step + 1) < n)
+            more = u32(step < stop)
             mark_tile(u32(j))
             cp_async_wait(0)
             cuda.syncthreads()  # K of this tile is there; V of the last one is done with
             key = i32(j * KEYS)
-            v_share = share_of(anew(thread), v_tile, key, v_step, i32(lk - key), v_width)
-            early = u32(1)
+            v_share = share_of(anew(thread), v_tile, key, v_step, v_width)
+            early = u32(late ^ u32(1))
             if skip:  # where the last tile was skipped, V of this one may not be needed
-                early = u32(u32(~history) & u32(1))
+                early = u32(u32(~(history | late)) & u32(1))
 
             # --- S = Q Kᵀ                                                      s [32 rows, 64 keys]
             fill(s[0], blocks, 0.0)
             fill(s[1], blocks, 0.0)
-            if stay and step == 0:
+            if stay and step == 1:
                 for d in range(steps):
                     load_q(a[d], q_lane, d, width)
             v_copy = v_share, v_rows, v_step
@@ -405,9 +432,7 @@ def make_kernel(head_dim, v_head_dim, dtype, skip, with_gap):
             cp_async_commit()
 
             # --- the mask comes first
-            masked = (
-                i32(row0 + ROWS) > lq or i32(key + KEYS) > end_first or key < i32(end_last - window)
-            )
+            masked = u32(j - clear_from) >= u32(clear)
             if masked:
                 here = anew(thread)
                 column = i32(key + i32((here >> u32(6)) * 64 + 2 * (here & u32(3))))
@@ -418,7 +443,7 @@ def make_kernel(head_dim, v_head_dim, dtype, skip, with_gap):
 
             # --- the vote, on the maxima of this thread's columns; before it, what comes after it
             next_key = i32(j_next * KEYS)
-            k_share = share_of(anew(thread), k_tile, next_key, k_step, i32(lk - next_key), width)
+            k_share = share_of(anew(thread), k_tile, next_key, k_step, width)
             my_maxima = u32(maxima + (anew(thread) >> u32(2)) * 16)
             if compares:
                 ld_shared_4f(m, my_maxima)
@@ -432,27 +457,26 @@ def make_kernel(head_dim, v_head_dim, dtype, skip, with_gap):
             t[0], t[1] = row_max(s[0], blocks)
             t[2], t[3] = row_max(s[1], blocks)
             if compares:
-                rise = f32(minus_infinity)
-                for r in range(4):  # fmax leaves out −inf − −inf: a row that has seen nothing yet
+                for r in range(4):
                     m[r] = fmax(m[r], x[r])
-                    rise = fmax(rise, f32(t[r] - m[r]))
-                rise = f32(rise * scale)
+                # fmax leaves out −inf − −inf: a row that has seen nothing yet, but for all four
+                low = fmax(f32(t[0] - m[0]), f32(t[1] - m[1]))
+                rise = f32(fmax(low, fmax(f32(t[2] - m[2]), f32(t[3] - m[3]))) * scale)
             if with_gap:
-                highest = rise
+                highest = fmax(f32(minus_infinity), rise)
                 for i in range(5):
                     highest = fmax(highest, shfl_bfly_f32(highest, u32(1 << i)))
                 if lane == 0:
                     cuda.atomic.max(gap, (batch, head, group, j), highest)
-            over = f32(minus_infinity)
-            for r in range(4):  # fmax leaves out −inf − −inf, as above
-                over = fmax(over, f32(t[r] * scale_log2 - top[r]))
-            stays = vote_all(u32(over <= f32(GROWTH)))  # what weights are relative to
+            low = fmax(f32(t[0] * scale_log2 - top[0]), f32(t[1] * scale_log2 - top[1]))
+            high = fmax(f32(t[2] * scale_log2 - top[2]), f32(t[3] * scale_log2 - top[3]))
+            stays = vote_all(u32(fmax(low, high) <= f32(GROWTH)))  # what weights are relative to
             if skip:
-                st_shared_8(u32(votes + anew(thread)), u32(rise < limit))
+                if rise >= limit:
+                    st_shared_relaxed_32(vote, u32(step))
                 cp_async_wait(0)
                 cuda.syncthreads()  # the votes are there, V if it was asked for; K is done with
-                four = ld_shared_32(u32(votes + (anew(thread) & u32(31)) * 4))
-                skipped = vote_all(u32(four == u32(0x01010101)))
+                skipped = u32(0) if ld_shared_32(vote) == u32(step) else u32(1)
                 history = u32(u32(history + history) + skipped)
                 if skipped:
                     if more:
@@ -474,17 +498,22 @@ def make_kernel(head_dim, v_head_dim, dtype, skip, with_gap):
                     st_shared_4f(my_bound, x)
                     j = j_next
                     continue
-                if not early:  # the last one was skipped, so V is yet to be asked for
+
+            # --- online softmax: the first weights
+            if stays & early:  # as is usual
+                exp2_pack(p[0], s, l, top, scale_log2, 0, dtype)
+            else:
+                if not early:  # V is yet to be asked for
                     left = i32(lk - key)
                     load_rows(anew(thread), v_tile, v_rows, key, v_step, left, KEYS, v_width)
                     cp_async_commit()
-
-            # --- online softmax: the first weights while V arrives
-            first_weights(
-                p[0], s, acc, l, top, zero, alpha, t, scale_log2, my_tops, quad_lane == 0, stays,
-                v_blocks, dtype,
-            )  # fmt: skip
-            if not skip or not early:
+                if not stays:
+                    raise_top(acc, l, top, alpha, t, scale_log2, my_tops, quad_lane == 0, v_blocks)
+                exp2_pack(p[0], s, l, top, scale_log2, 0, dtype)
+                if skip and not early:
+                    cp_async_wait(0)
+                    cuda.syncthreads()
+            if not skip:
                 cp_async_wait(0)
                 cuda.syncthreads()  # V is there, and K is done with
 
@@ -492,7 +521,7 @@ def make_kernel(head_dim, v_head_dim, dtype, skip, with_gap):
             load_v(b[0], v_lane, 0, 0, v_width)
             for i in range(pairs):
                 if i + 1 < pairs:
-                    exp2_pack(p[(i + 1) % 2], s, l, zero, scale_log2, i + 1, dtype)
+                    exp2_pack(p[(i + 1) % 2], s, l, top, scale_log2, i + 1, dtype)
                     if i + 2 == pairs and not stay:
                         st_shared_4f(u32(slots + anew(thread) * 16), l)
                 for c in range(parts):

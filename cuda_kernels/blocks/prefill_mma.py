@@ -10,4 +10,4 @@ SLOT = 16 * THREADS  # bytes of four numbers a thread
 def shared_bytes(head_dim: int, v_head_dim: int) -> int:
     """Dynamic shared memory of a block: Q, K, V, and what warps and threads leave there."""
     tiles = 2 * (ROWS * head_dim + KEYS * head_dim + KEYS * v_head_dim)
-    return tiles + 4 * HALF + THREADS + 16 + 2 * SLOT
+    return tiles + 4 * HALF + 16 + 2 * SLOT

@@ -257,10 +257,12 @@ class Thread:
         self.block.shared.check_bounds(address, size, "read")
         return self.block.shared.read(self.number, address, size, self.site)
 
-    def store_shared(self, address: int, data: Any) -> None:
+    def store_shared(self, address: int, data: Any, *, relaxed: bool = False) -> None:
         """Write shared memory."""
-        self.block.shared.check_bounds(address, len(data), "write")
-        self.block.shared.write(self.number, address, data, self.site)
+        shared = self.block.shared
+        shared.check_bounds(address, len(data), "write")
+        write = shared.write_relaxed if relaxed else shared.write
+        write(self.number, address, data, self.site)
 
     def load_global(self, address: int, size: int) -> Any:
         """Read global memory."""

@@ -148,16 +148,23 @@ class SharedMemory:
 
     def update(self, thread: int, address: int, data: NDArray[np.uint8], site: Site) -> None:
         """Write as an atomic operation: other atomic ones need not be ordered with it."""
+        if _parts(int(self._written[address]))[1] not in self._atomic:
+            self._check_read(thread, address, address + len(data))
+        self.write_relaxed(thread, address, data, site)
+
+    def write_relaxed(self, thread: int, address: int, data: NDArray[np.uint8], site: Site) -> None:
+        """Write what other relaxed or atomic operations may write without an order."""
         end = address + len(data)
         last = int(self._written[address])
-        if _parts(last)[1] not in self._atomic:
-            self._check_read(thread, address, end)
+        if _parts(last)[1] in self._atomic:
+            self._follow_reads(thread, address, end)
+        else:
             self._claim(thread, address, end)
             self._before_atomic[address] = last
         clock, place, other = _parts(self._before_atomic[address])
         if clock > self.seen[thread, other]:
             raise EmulationError(
-                f"atomic operation on shared address {address}, which thread {other} has written "
+                f"write to shared address {address}, which thread {other} has written "
                 f"({self._place(place)}) with no barrier between"
             )
         self._atomic.add(_parts(self._access(thread, site))[1])
@@ -206,6 +213,11 @@ class SharedMemory:
                 f"write to shared address {byte}, which thread {other} has written "
                 f"({self._place(place)}) with no barrier between"
             )
+        self._follow_reads(thread, address, end)
+
+    def _follow_reads(self, thread: int, address: int, end: int) -> None:
+        """Report a write that does not follow every other thread's read of these bytes."""
+        seen = self.seen[thread]
         for accesses in self._reads.values():
             reads = accesses[address:end]
             late = reads >> _CLOCK > seen[reads & _THREAD_MASK]

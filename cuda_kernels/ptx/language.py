@@ -64,9 +64,9 @@ from cuda_kernels.ptx.memory import (
     st_global_32,
     st_global_128,
     st_shared_4f,
-    st_shared_8,
     st_shared_32,
     st_shared_128,
+    st_shared_relaxed_32,
 )
 from cuda_kernels.ptx.registers import setmaxnreg_dec, setmaxnreg_inc
 from cuda_kernels.ptx.tensor_map import TensorMap
@@ -170,9 +170,9 @@ __all__ = [
     "st_global_32",
     "st_global_128",
     "st_shared_4f",
-    "st_shared_8",
     "st_shared_32",
     "st_shared_128",
+    "st_shared_relaxed_32",
     "stmatrix_x4",
     "swizzle",
     "sync_warp",

@@ -24,8 +24,8 @@ class Machine(Protocol):
     def load_shared(self, address: Any, size: int) -> Bytes:
         """Read ``size`` bytes that earlier, ordered writes have left there."""
 
-    def store_shared(self, address: Any, data: Bytes) -> None:
-        """Write bytes that other threads see after a barrier."""
+    def store_shared(self, address: Any, data: Bytes, *, relaxed: bool = False) -> None:
+        """Write bytes that other threads see after a barrier; ``relaxed``: as others may, too."""
 
     def load_global(self, address: int, size: int) -> Bytes:
         """Read ``size`` bytes inside one array."""

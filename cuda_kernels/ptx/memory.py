@@ -1,6 +1,6 @@
-"""Addresses, and loads and stores of other widths than an array element's.
+"""Addresses, and loads and stores wider than an array element.
 
-Addresses of 128-bit accesses are multiples of 16 bytes; of 32-bit ones, of 4; bytes lie anywhere.
+Addresses of 128-bit accesses are multiples of 16 bytes; of 32-bit ones, of 4.
 """
 
 from __future__ import annotations
@@ -85,10 +85,15 @@ def st_shared_32(address: int, x: int) -> None:
     running().store_shared(address, _bytes(x))
 
 
-@instruction("{ .reg .b16 low; cvt.u16.u32 low, $1; st.shared.b8 [$0], low; }", "r,r", memory=True)
-def st_shared_8(address: int, x: int) -> None:
-    """Write the lowest byte of ``x`` to shared memory.  PTX ISA: ``st``."""
-    running().store_shared(address, _bytes(x)[:1])
+@instruction("st.relaxed.cta.shared.b32 [$0], $1;", "r,r", memory=True)
+def st_shared_relaxed_32(address: int, x: int) -> None:
+    """Write 4 bytes to shared memory, where other threads may do so at the same time.
+
+    One of the values stays; who reads it waits at a barrier before, as after any store.
+
+    PTX ISA: ``st.relaxed``; Memory Consistency Model, "Morally strong operations".
+    """
+    running().store_shared(address, _bytes(x), relaxed=True)
 
 
 @instruction("ld.shared.v4.f32 $0, [$1];", "=4f,r", memory=True)

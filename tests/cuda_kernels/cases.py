@@ -86,6 +86,7 @@ GRID = {"tile": (64, 128), "d": 64, "dv": 64}
 MMA_CASES = [  # small enough for the emulator: a tile takes about a third of a second
     Case("skips", lq=64, lk=600, threshold=0.5, **GRID),
     Case("skips ascending", lq=64, lk=640, order="ascending", threshold=0.5, **GRID),
+    Case("skips ascending to a tail", lq=64, lk=300, order="ascending", threshold=0.5, **GRID),
     Case("square with tails", lq=150, lk=150, **GRID),
     Case("one row", lq=1, lk=200, **GRID),
     Case("one key", lq=66, lk=1, **GRID),
@@ -95,4 +96,5 @@ MMA_CASES = [  # small enough for the emulator: a tile takes about a third of a 
     Case("wide heads", lq=64, lk=300, tile=(64, 128), d=128, dv=128, threshold=0.2),
     Case("huge scores", lq=64, lk=256, scale=40.0, **GRID),
     Case("dense build", lq=64, lk=200, threshold=0.0, **GRID),
+    Case("dense build, ascending", lq=64, lk=200, order="ascending", threshold=0.0, **GRID),
 ]

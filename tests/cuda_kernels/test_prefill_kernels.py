@@ -133,6 +133,19 @@ def test_emulated_maxima_that_rise(rows, levels, threshold, skipped, backend):
     assert np.flatnonzero(got[1].state[0, 0, 0] == 2).tolist() == skipped
 
 
+@pytest.mark.parametrize("threshold", [0.0, 0.5])
+def test_emulated_scores_far_below_zero(threshold, backend):
+    """2 to their power is no float32, but their differences are what counts."""
+    rng = np.random.default_rng(6)
+    q, k, v = (rng.standard_normal((1, n, 1, 64)) for n in (64, 200, 200))
+    q[..., 0], k[..., 0] = 40.0, -40.0
+    tensors = [x.astype(np.float16) for x in (q, k, v)]
+    settings = {"threshold": threshold, "return_report": True}
+    got = skip_softmax_attention(*tensors, **settings, emulate=True, backend=backend)
+    agree(*got, *skip_softmax_attention(*tensors, **settings, backend="reference"))
+    assert got[1].lse.max() < -150
+
+
 KEPT_BY = [4, 0, None, 1, 2, None, None, 3, 0, None]  # a warp, all four, or none, tile by tile
 
 

@@ -25,9 +25,12 @@ from cuda_kernels.ptx.language import (
     fragment,
     global_address,
     i32,
+    ld_shared_32,
     mark_tile,
     mma_m16n8k16,
     shared_address,
+    st_shared_32,
+    st_shared_relaxed_32,
     u8,
     u32,
 )
@@ -141,6 +144,31 @@ def test_atomics_need_no_barrier_between_them():
 
     with pytest.raises(EmulationError, match=r"written .* with no barrier between"):
         emulate(forgotten, 1, 96, x, out, schedule="late")
+
+
+def test_relaxed_stores_need_no_order_among_them_but_one_with_reads():
+    def raise_flags(right, out):
+        flag = cuda.shared.array(1, "uint32")
+        t, address = cuda.threadIdx.x, shared_address(flag, 0)
+        if t == 0:
+            st_shared_32(address, u32(0))
+        cuda.syncthreads()
+        if t % 3 == 1:
+            st_shared_relaxed_32(address, u32(1))
+        cuda.syncthreads()
+        out[0, t] = ld_shared_32(address)
+        if right[0]:
+            cuda.syncthreads()
+        if t == 95:  # all others have read it
+            st_shared_relaxed_32(address, u32(2))
+        cuda.syncthreads()
+        out[1, t] = ld_shared_32(address)
+
+    out = np.zeros((2, 96), np.uint32)
+    emulate(raise_flags, 1, 96, np.array([1]), out)
+    assert (out == [[1], [2]]).all()
+    with pytest.raises(EmulationError, match=r"which thread \d+ has read .* with no barrier"):
+        emulate(raise_flags, 1, 96, np.array([0]), out)
 
 
 def test_integers_wrap_where_they_are_cast_or_stored():

@@ -55,9 +55,9 @@ from cuda_kernels.ptx.language import (
     st_global_32,
     st_global_128,
     st_shared_4f,
-    st_shared_8,
     st_shared_32,
     st_shared_128,
+    st_shared_relaxed_32,
     sync_warp,
     u8,
     u32,
@@ -279,17 +279,17 @@ def loads_and_stores(source, out):
     for i in range(4):
         st_global_32(global_address(out, (2, t, i)), ld_shared_32(shared_address(memory, (t, i))))
     cuda.syncthreads()
-    for i in range(16):  # the rows' bytes, the other way round
-        four = words[(15 - i) // 8, (15 - i) // 4 % 2]
-        to = u32(u32(shared_address(memory, (t, 0))) + i)
-        st_shared_8(to, u32(four >> u32((15 - i) % 4 * 8)))
+    for i in range(4):  # each word by eight lanes, of which all have the same
+        st_shared_relaxed_32(shared_address(memory, (t // 8, i)), u32(t // 8 + i))
+    cuda.syncthreads()
     for i in range(4):
-        st_global_32(global_address(out, (3, t, i)), ld_shared_32(shared_address(memory, (t, i))))
+        word = ld_shared_32(shared_address(memory, (t % 4, i)))
+        st_global_32(global_address(out, (3, t, i)), word)
 
 
 def loads_expected(source):
-    backwards = np.ascontiguousarray(source).view(np.uint8)[:, ::-1].copy().view(np.uint32)
-    return np.stack([source, source, source[::-1], backwards])
+    written = np.arange(32)[:, None] % 4 + np.arange(4)
+    return np.stack([source, source, source[::-1], written]).astype(np.uint32)
 
 
 def words_of(rows):
