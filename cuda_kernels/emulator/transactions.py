@@ -247,8 +247,8 @@ class Transactions:
         """Return the mbarrier at an address, if the thread may know of it."""
         barrier = self.barriers.get(address)
         if barrier is None:
-            known = ", ".join(str(a) for a in sorted(self.barriers)) or "none"
-            raise EmulationError(f"no mbarrier at shared address {address} (there are: {known})")
+            known = ", ".join(str(self.barriers[a]) for a in sorted(self.barriers)) or "none"
+            raise EmulationError(f"no mbarrier at shared address {address}; there are: {known}")
         if barrier.made > self._block.shared.seen[thread.number, barrier.maker]:
             raise EmulationError(
                 f"{barrier} was initialised by thread {barrier.maker} "
