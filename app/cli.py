@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 ORDERS = ("ascending", "descending", "ends_first")
 INTERRUPTED = 130
+UNREAD = 141  # as a shell says of who was stopped by a closed pipe
 SPARSITY = "skipped ÷ visited tiles; first tiles count as visited"
 
 
@@ -38,19 +39,26 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Returns
     -------
     int
-        Exit status: 0, 2 after an error that one sentence on stderr names, 130 after Ctrl-C.
+        Exit status: 0, 2 after an error that one sentence on stderr names, 130 after Ctrl-C, 141
+        where nobody reads what is printed.
     """
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="replace")  # type: ignore[union-attr]  # consoles without λ
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     try:
         if arguments[:1] == ["lesson"]:
-            return _lesson(arguments[1:])
-        options = _parser().parse_args(arguments)
-        return options.run(options)
+            status = _lesson(arguments[1:])
+        else:
+            options = _parser().parse_args(arguments)
+            status = options.run(options)
+        sys.stdout.flush()  # here, so that an error is seen
+        return status
     except KeyboardInterrupt:
         print("Interrupted.", file=sys.stderr)
         return INTERRUPTED
+    except BrokenPipeError:  # who reads has seen enough, as `head` has
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return UNREAD
     except OSError as error:
         fault = f"{error.filename}: {error.strerror}" if error.filename else str(error)
     except (ValueError, RuntimeError) as error:
@@ -294,7 +302,8 @@ def _parser() -> argparse.ArgumentParser:
 
     kernels = commands.add_parser("kernels", help="registers and spills of every kernel")
     kernels.description = (
-        "Assemble every kernel configuration for every architecture; no GPU needed."
+        "Assemble the kernels, each for the architectures it is held to; no GPU needed. Stack and "
+        "spills are bytes of a thread in memory; the teaching kernel keeps a row of scores there."
     )
     kernels.add_argument("--arch", action="append", help="only this one, such as sm_90a")
     kernels.add_argument("--json", action="store_true", help="print JSON")
@@ -329,6 +338,9 @@ def _kernels(options: argparse.Namespace) -> int:
 
     rows = resource_table(architectures=options.arch)
     print(json.dumps(rows, indent=2) if options.json else format_table(rows))
+    if not options.json:
+        spilled = sum(row["spill_stores"] + row["spill_loads"] > 0 for row in rows)
+        print(f"{len(rows)} builds, {spilled or 'none'} with spills")
     return 1 if any(row["faults"] for row in rows) else 0
 
 

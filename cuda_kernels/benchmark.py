@@ -448,7 +448,8 @@ def table(record: dict[str, Any]) -> str:
             for name, (low, middle, high) in row["ratios"].items()
         ]
         lines.append(
-            f"{row['backend'] + ' ' + row['kernel']:22}{row['workload']:16}{row['head_dim']:4}"
+            f"{(row['backend'] + ' ' + row['kernel']).strip():22}{row['workload']:16}"
+            f"{row['head_dim']:4}"
             f"{row['tokens']:8}{row['heads']:>4}/{row['kv_heads']:<2}"
             f"{'causal' if row['causal'] else 'full':>8}{row['sparsity']:10.3f}{row['ms']:9.3f}"
             f"{row['tflops']:9.0f}  {', '.join(ratios)}"

@@ -142,7 +142,7 @@ print(f"Numba's kernel against our loops: largest difference {difference:.1e}")
 #   all threads of the block, and tells each whether *all* said yes. So all skip, or none does; if
 #   each did as it liked, some would wait at the next `syncthreads` for threads that never come.
 #
-# Now read `cuda_kernels/prefill_simt.py`, it is one screen. A block is a vote group, a thread is a
+# Now read `cuda_kernels/prefill_simt.py`, it is short. A block is a vote group, a thread is a
 # row. You know everything in it: `m`, `l`, `acc`, `alpha`, `p`; the gap; the vote; visit orders.
 # New is `u`: when a tile is skipped, exp(tile_max − m) for each of its keys bounds the weight left
 # out, so the kernel can *guarantee* how much a row has lost at most.
@@ -180,7 +180,8 @@ print(
 # %% [markdown]
 # ## The picture
 #
-# Two vote groups down, ten key tiles across: left by the kernel, right by the simulator.
+# Two vote groups down, ten key tiles across: left by the kernel, right by the simulator. (The app
+# shows 512 tokens of this head, in tiles of 64 × 128.)
 
 # %%
 by_kernel = sim.TileMap(found["state"][0], tiles.grid, tiles.order, tiles.threshold)

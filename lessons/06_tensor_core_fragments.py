@@ -148,7 +148,7 @@ print(f"largest difference to NumPy's q @ k.T: {np.abs(s - q @ k.T).max():.1e}")
 #
 # Once A lies in shared memory, `ldmatrix_x4` loads four 8 × 8 matrices at once, in just the way
 # that `mma` wants them: lane t gives the address of one row of 8 numbers, row t % 8 of matrix
-# t // 8. This is how every fast kernel does it; see `cuda_kernels/gemm.py`, it is one screen.
+# t // 8. This is how every fast kernel does it; see `cuda_kernels/gemm.py`, it is short.
 
 
 # %%

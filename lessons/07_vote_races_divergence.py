@@ -110,7 +110,7 @@ def vote_group(scores, ln_lam, skip, top_of_warp):
         for i in range(KEYS):
             row, key = (i * THREADS + t) // KEYS, t % KEYS
             memory[row, key] = scores[row, j * KEYS + key] if row < rows else -math.inf
-        # FILL ME IN (roughly 1 lines)
+        # FILL ME IN (roughly 1 line)
         helpers.todo("Wait until row t is complete.")
         # END
         tile_max = memory[t, 0]
@@ -154,7 +154,8 @@ scores = np.where(hidden, -np.inf, q @ head.k.T * head.scale)
 skip, top_of_warp = decide(scores, math.log(LAM))
 helpers.reveal(prediction, int(skip.sum()), "tiles of 20")
 
-tiles = sim.scan(q[None], head.k[None], tile=(THREADS, KEYS)).decide(LAM)
+scan = sim.scan(q[None], head.k[None], tile=(THREADS, KEYS), order="ascending")
+tiles = scan.decide(LAM)
 same = (tiles.state[0, 0] == sim.SKIPPED) == skip.astype(bool)
 print(f"tiles unlike the simulator's: {(~same).sum()}")
 
@@ -162,7 +163,8 @@ print(f"tiles unlike the simulator's: {(~same).sum()}")
 # ## The picture
 #
 # Left, a line for each row: the tiles that it votes to skip. Right: what all agree on. One row that
-# says no is enough; that is why small vote groups skip more than large ones.
+# says no is enough; that is why small vote groups skip more than large ones. (The app shows 512
+# tokens of this head, in tiles of 64 × 128.)
 
 # %%
 votes = np.zeros((60, 20), int)

@@ -102,7 +102,7 @@ def certified_attention(q, k, v, scale, tile, order, ln_lam, threads):
                 u += helpers.todo("What may each thread's columns of a skipped tile weigh?")
                 # END
         output[rows] = acc / l[:, None]
-        # FILL ME IN (roughly 1 lines)
+        # FILL ME IN (roughly 1 line)
         bound[rows] = helpers.todo("Bound the dropped mass of each row.")
         # END
     return output, bound

@@ -91,14 +91,14 @@ def decode_step(q, k, v, scale, keys, ln_lam, splits, seeded):
     sizes = np.array([s.shape[1] for s in scores])
     start = np.full(len(q), -np.inf)
     if seeded:
-        # FILL ME IN (roughly 1 lines)
+        # FILL ME IN (roughly 1 line)
         start = helpers.todo("Where does every seeded split start?")
         # END
     skipped, parts = np.zeros(len(scores), bool), []
     for split in range(splits):
         m, l, acc = start, np.zeros(len(q)), np.zeros((len(q), v.shape[1]))
         for j in range(split, len(scores), splits):
-            # FILL ME IN (roughly 1 lines)
+            # FILL ME IN (roughly 1 line)
             skipped[j] = helpers.todo("Do all heads vote to skip tile j?")
             # END
             if skipped[j]:
@@ -111,7 +111,7 @@ def decode_step(q, k, v, scale, keys, ln_lam, splits, seeded):
     # FILL ME IN (roughly 4 lines)
     output = helpers.todo("Merge the splits.")
     # END
-    # FILL ME IN (roughly 1 lines)
+    # FILL ME IN (roughly 1 line)
     read = helpers.todo("Count the bytes of K, and of the V that was read.")
     # END
     return output, skipped, read

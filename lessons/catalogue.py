@@ -51,7 +51,8 @@ runs its cells as it is). Pictures are written to `lessons/output/`. To begin a 
 _ENDING = """
 After lesson 5, [notebooks/first_kernel.py](notebooks/first_kernel.py) calls the real kernel, on
 your GPU if you have one. Then [notebooks/run_the_kernels.py](notebooks/run_the_kernels.py): back
-ends, reports, plans, machine code, timing.
+ends, reports, plans, machine code, timing. Both are programs and notebooks, as lessons are:
+`python lessons/notebooks/first_kernel.py`.
 
 Letters and words mean the same in lessons, simulator, kernels and app: `m` running row maximum, `l`
 running row sum, `acc` output gathered so far, `alpha` the factor that rescales `l` and `acc` when

@@ -57,7 +57,8 @@ start = time.perf_counter()
 out, report = skip_softmax_attention(q, k, v, **settings, gap=True, return_report=True)
 bound = to_numpy(report.dropped_mass_bound)  # waits for the GPU
 seconds = time.perf_counter() - start
-print(f"out {out.shape} {out.dtype} on {out.device}, after {seconds:.1f} s (compiling included)")
+about = "compiling included" if on_gpu else "simulated, thread by thread"
+print(f"out {out.shape} {out.dtype} on {out.device}, after {seconds:.1f} s ({about})")
 
 # %% [markdown]
 # ## Read the report

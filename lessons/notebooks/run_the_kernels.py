@@ -40,11 +40,14 @@ print(f"kernels in this notebook are {where}")
 # is asked for cannot run, the door says why in a sentence, and takes no other instead.
 
 # %%
+refused = {}
 for name, what in BACKENDS.items():
     try:
         print(f"{name:10} runs here: {what}  [{choose(name, device)}]")
     except RuntimeError as reason:
-        print(f"{name:10} does not: {reason}")
+        refused.setdefault(str(reason), []).append(name)
+for reason, names in refused.items():
+    print(f"{', '.join(names):10} {'does' if len(names) == 1 else 'do'} not: {reason}")
 
 asked = ["mma", "wgmma"]
 if live and device.compute_capability != HOPPER:
@@ -79,8 +82,9 @@ print({name: tuple(out.shape) for name, (out, _) in results.items()}, where)
 #
 # Which tiles were skipped (0 masked, 1 computed, 2 skipped), what share of the visited ones, and a
 # bound: no row has lost more of its weight than that, whatever the text. Both kernels' bounds hold.
-# That of `mma` is tighter: 8 of its threads share a row's keys of a tile, and each knows the
-# largest score among its own 16; with `wgmma` it is 4 threads and 32 keys.
+# That of `mma` is tighter: 8 of its threads share a row's keys of a tile (4 lanes of each of two
+# warps, which have half of the keys each), and each knows the largest score among its own 16; with
+# `wgmma` it is 4 threads and 32 keys.
 
 # %%
 for report in (report for _, report in results.values()):

@@ -106,7 +106,7 @@ def certified_attention(q, k, v, scale, tile, order, ln_lam, threads):
                     u[t] += seen * np.exp(mine.max(axis=1, initial=-np.inf) - seen_max)
                 # END
         output[rows] = acc / l[:, None]
-        # FILL ME IN (roughly 1 lines)
+        # FILL ME IN (roughly 1 line)
         bound[rows] = u.sum(axis=0) / (l + u.sum(axis=0))
         # END
     return output, bound

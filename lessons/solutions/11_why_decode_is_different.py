@@ -91,14 +91,14 @@ def decode_step(q, k, v, scale, keys, ln_lam, splits, seeded):
     sizes = np.array([s.shape[1] for s in scores])
     start = np.full(len(q), -np.inf)
     if seeded:
-        # FILL ME IN (roughly 1 lines)
+        # FILL ME IN (roughly 1 line)
         start = np.maximum(tile_max[0], tile_max[-1])
         # END
     skipped, parts = np.zeros(len(scores), bool), []
     for split in range(splits):
         m, l, acc = start, np.zeros(len(q)), np.zeros((len(q), v.shape[1]))
         for j in range(split, len(scores), splits):
-            # FILL ME IN (roughly 1 lines)
+            # FILL ME IN (roughly 1 line)
             skipped[j] = (tile_max[j] - m).max() < ln_lam
             # END
             if skipped[j]:
@@ -114,7 +114,7 @@ def decode_step(q, k, v, scale, keys, ln_lam, splits, seeded):
     acc = sum(acc * np.exp(m - top)[:, None] for m, _, acc in parts)
     output = acc / l[:, None]
     # END
-    # FILL ME IN (roughly 1 lines)
+    # FILL ME IN (roughly 1 line)
     read = 2 * k.shape[1] * sizes.sum() + 2 * v.shape[1] * sizes[~skipped].sum()
     # END
     return output, skipped, read

@@ -72,7 +72,7 @@ prediction = None  # PREDICT: per cent of the time of exponentials in which prod
 #
 # **1. Copy.** `full` and `empty` are the addresses of stage 0's barriers; a barrier has 8 bytes.
 # First wait until the stage is empty. Tile j needs the phase *before* phase j // STAGES of `empty`,
-# and the one before phase 0 has parity 1 and counts as ended. Then as with Q; the row comes first.
+# and the one before phase 0, of parity 1, counts as ended. Then as with Q; row and column are last.
 #
 # **2. Skip.** No exponentials, no P·V; but V is on its way. One thread of the group waits for it,
 # then says: empty. No other waits: it might look too late, when the stage is full again.

@@ -1,6 +1,7 @@
 """The console command: what it prints, how it fails, what it loads."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -168,6 +169,18 @@ def test_help_loads_no_numpy_and_scan_no_streamlit(root: Path, small: Path) -> N
     loaded = loaded_by(root, "scan", str(small))
     assert "numpy" in loaded
     assert not loaded & {"streamlit", "pandas", "numba", "torch"}
+
+
+def test_who_reads_one_line_gets_no_error(root: Path, small: Path) -> None:
+    """A pipe that is closed before anything is written, which ``head`` may do at any time."""
+    read, write = os.pipe()
+    os.close(read)
+    done = subprocess.run(
+        [sys.executable, "-m", "app", "scan", str(small)],
+        cwd=root, stdout=write, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    os.close(write)
+    assert (done.returncode, done.stderr) == (cli.UNREAD, "")
 
 
 def test_orders_are_those_of_the_simulator() -> None:

@@ -15,7 +15,7 @@ from lessons.helpers import ROOT, child_environment
 SLACK = 3
 """How much slower than two idle cores a machine that runs the tests may be."""
 
-GAP = re.compile(r"^ *# FILL ME IN \(roughly (\d+) lines\)\n(.*?)^ *# END\n", re.M | re.S)
+GAP = re.compile(r"^ *# FILL ME IN \(roughly (\d+) lines?\)\n(.*?)^ *# END\n", re.M | re.S)
 
 
 class Run(NamedTuple):
