@@ -175,9 +175,10 @@ def test_who_reads_one_line_gets_no_error(root: Path, small: Path) -> None:
     """A pipe that is closed before anything is written, which ``head`` may do at any time."""
     read, write = os.pipe()
     os.close(read)
+    buffered = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
     done = subprocess.run(
         [sys.executable, "-m", "app", "scan", str(small)],
-        cwd=root, stdout=write, stderr=subprocess.PIPE, text=True,
+        cwd=root, env=buffered, stdout=write, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
     os.close(write)
     assert (done.returncode, done.stderr) == (cli.UNREAD, "")
