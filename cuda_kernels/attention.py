@@ -243,11 +243,6 @@ softmax_scale, gap
     device, no_tma = detect(), why_not_tma({"q": q, "k": k, "v": v})
     chosen = backend or best_tensor_cores(device, fits_tma=no_tma is None)
     _check_fit(chosen, why_not_tensor_cores(q, v, settings.grid), no_tma)
-    if device.kind != "gpu":
-        raise RuntimeError(
-            f"a plan needs a GPU, and {device.reason or f'this is {device.name}'}; on the CPU, "
-            "skip_softmax_attention with emulate=True runs a tensor-core kernel"
-        )
     _check_device(q, choose(chosen, device), device.kind)
     return PrefillPlan(q, k, v, settings, backend=chosen)
 

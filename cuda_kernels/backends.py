@@ -30,6 +30,8 @@ TENSOR_CORE_BACKENDS = ("mma", "wgmma")
 HOPPER = (9, 0)
 """Compute capability of the only GPUs with ``wgmma``."""
 
+EMULATES = "skip_softmax_attention with emulate=True runs"  # which a plan does not take
+
 
 @dataclass(frozen=True)
 class Device:
@@ -155,20 +157,20 @@ def choose(
         return backend
     if not device.runs_kernels:
         raise RuntimeError(
-            f"no kernel can run here: {device.reason}; set NUMBA_ENABLE_CUDASIM=1 before Python "
-            "starts to run the teaching kernel on the CPU, pass emulate=True to run a "
-            'tensor-core kernel there, or backend="reference" for the simulator'
+            f"no kernel can run here: {device.reason}; on the CPU, {EMULATES} a tensor-core "
+            'kernel, with backend="reference" the simulator, and the teaching kernel if '
+            "NUMBA_ENABLE_CUDASIM=1 is set before Python starts"
         )
     tensor_cores = device.kind == "gpu" and (device.compute_capability or (0, 0)) >= TENSOR_CORES
     if backend == "mma" and not tensor_cores:
         raise RuntimeError(
             f"the mma kernel cannot run on {device.name}: it needs compute capability 8.0 or "
-            "later; emulate=True runs it on the CPU"
+            f"later; on the CPU, {EMULATES} it"
         )
     if backend == "wgmma" and (device.kind != "gpu" or device.compute_capability != HOPPER):
         raise RuntimeError(
             f"the wgmma kernel cannot run on {device.name}: it needs compute capability 9.0 "
-            '(Hopper); backend="mma" runs from 8.0 on, and emulate=True runs wgmma on the CPU'
+            f'(Hopper); backend="mma" runs from 8.0 on, and on the CPU, {EMULATES} wgmma'
         )
     if backend is not None:
         return backend

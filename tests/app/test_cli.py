@@ -188,6 +188,19 @@ def test_orders_are_those_of_the_simulator() -> None:
     assert cli.ORDERS == sim.ORDERS
 
 
+@pytest.mark.parametrize(("spilled", "words"), [(0, "none"), (8, "1")])
+def test_kernels_says_how_many_builds_spill(
+    spilled: int, words: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    row = {"kernel": "k", "arch": "sm_80", "registers": 32, "stack": 0, "spill_stores": spilled}
+    rows = [row | {"spill_loads": 0, "shared_bytes": 0, "faults": []}]
+    monkeypatch.setattr("cuda_kernels.resources.resource_table", lambda **_: rows)
+    assert cli.main(["kernels"]) == 0
+    assert capsys.readouterr().out.endswith(f"\n1 builds, {words} with spills\n")
+    assert cli.main(["kernels", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == rows
+
+
 @pytest.mark.parametrize("interrupted", [False, True])
 def test_bench_hands_its_arguments_on_and_says_what_was_kept(
     interrupted: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture

@@ -1,6 +1,7 @@
 """What is measured and how it is kept, with a GPU that is played: its clock runs as a test says."""
 
 import json
+import re
 import shutil
 from functools import partial
 from types import SimpleNamespace
@@ -175,6 +176,7 @@ def test_every_row_is_kept_and_nothing_is_written_over(hopper, monkeypatch, tmp_
     ]  # fmt: skip
     assert "2.000 (2.000–2.000) × dense" in table(record)
     assert "cudnn does not run" in table(record)
+    assert re.search("^fa2 +random ", table(record), re.M)
 
 
 def test_interrupted_it_keeps_what_is_measured(hopper, monkeypatch, tmp_path):
